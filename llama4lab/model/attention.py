@@ -1,0 +1,155 @@
+"""Self-attention of a text layer: RoPE inside a chunk, or NoPE over the whole document."""
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import Cache, Llama4TextConfig
+
+from llama4lab.model import attention_kernels, flex_kernel
+from llama4lab.model.hook_point import HookPoint
+from llama4lab.model.layer_kinds import is_chunked, uses_rope
+from llama4lab.model.norm import rms_normalised
+from llama4lab.model.rope import rotated
+from llama4lab.model.token_layout import TokenLayout
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention.
+
+    `scores`, `pattern` and `head_out` are computed only where somebody listens. Scores and pattern are float32 whatever
+    the dtype of the model, as they are inside the fused kernels.
+
+    Attributes:
+        chunk_size: Size of the attention chunk in tokens; None for full causal attention. Read at every pass.
+        dense_mask: Whether the fused kernel gets all keys at once and a mask, as in transformers, bit for bit.
+    """
+
+    def __init__(self, config: Llama4TextConfig, layer: int):
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.rope = uses_rope(config, layer)
+        self.chunk_size = config.attention_chunk_size if is_chunked(config, layer) else None
+        self.dense_mask = False
+        self.d_head = config.head_dim
+        width, kv_width = config.num_attention_heads * self.d_head, config.num_key_value_heads * self.d_head
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.q = HookPoint("batch seq head d_head")
+        self.k = HookPoint("batch seq kv_head d_head")
+        self.v = HookPoint("batch seq kv_head d_head")
+        self.q_rot = HookPoint("batch seq head d_head")
+        self.k_rot = HookPoint("batch seq kv_head d_head")
+        self.scores = HookPoint("batch head query key", lazy=True)
+        self.pattern = HookPoint("batch head query key", lazy=True)
+        self.z = HookPoint("batch seq head d_head")
+        self.head_out = HookPoint("batch seq head d_model", lazy=True)
+        self.out = HookPoint("batch seq d_model")
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq d_model"],
+        rotation: Float[Tensor, "#batch seq pair 2"],
+        layout: TokenLayout,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Float[Tensor, "batch seq d_model"]:
+        q = self.q(self.q_proj(x).unflatten(-1, (-1, self.d_head)))
+        k = self.k(self.k_proj(x).unflatten(-1, (-1, self.d_head)))
+        v = self.v(self.v_proj(x).unflatten(-1, (-1, self.d_head)))
+        if self.rope:
+            q, k = rotated(q, rotation), rotated(k, rotation)
+            if self.config.use_qk_norm:
+                # Without weights, for each head alone, after RoPE: a score is then sqrt(d_head) times a cosine.
+                q, k = rms_normalised(q, self.config.rms_norm_eps), rms_normalised(k, self.config.rms_norm_eps)
+        elif self.config.attn_temperature_tuning:
+            q = (q * self.temperature(layout.positions)).to(q.dtype)
+        q, k = self.q_rot(q), self.k_rot(k)
+        q, k, v = (rearrange(t, "batch seq head d_head -> batch head seq d_head") for t in (q, k, v))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        z = self.attend(q, k, v, layout, mask)
+        return self.out(self.combine(self.z(rearrange(z, "batch head seq d_head -> batch seq head d_head"))))
+
+    def temperature(self, positions: Int[Tensor, "#batch seq"]) -> Float[Tensor, "#batch seq 1 1"]:
+        """The factor by which a NoPE layer sharpens attention at far positions; positions count from 0."""
+        steps = torch.floor((positions.float() + 1.0) / self.config.floor_scale)
+        return (torch.log1p(steps) * self.config.attn_scale + 1.0)[..., None, None]
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch head seq d_head"],
+        k: Float[Tensor, "batch kv_head key d_head"],
+        v: Float[Tensor, "batch kv_head key d_head"],
+        layout: TokenLayout,
+        mask: Tensor | None,
+    ) -> Float[Tensor, "batch head seq d_head"]:
+        """Softmax-weighted sums of values: by the fused kernel, or step by step where someone looks at a step."""
+        dropout = self.config.attention_dropout if self.training else 0.0
+        kernel = self.config._attn_implementation
+        if kernel == "eager" or self.scores.watched or self.pattern.watched:
+            z = self._attend_eagerly(q, k, v, self._additive_mask(layout, k.shape[2], mask), dropout)
+        elif mask is not None:
+            bias = self._additive_mask(layout, k.shape[2], mask).to(q.dtype)
+            z = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        elif kernel == "flex_attention":
+            z = flex_kernel.flex(q, k, v, layout, self.chunk_size)
+        elif self.dense_mask:
+            z = attention_kernels.dense(q, k, v, layout, self.chunk_size, dropout)
+        else:
+            z = attention_kernels.fused(q, k, v, layout, self.chunk_size, dropout)
+        if layout.start is None:
+            # Padding attends to nothing, whichever kernel ran.
+            z = z * layout.query_valid[:, None, :, None]
+        return z
+
+    def _additive_mask(
+        self, layout: TokenLayout, key: int, mask: Tensor | None
+    ) -> Float[Tensor, "#batch #head query key"]:
+        """0 where a query may look, -inf elsewhere; a caller's 4-D mask narrows what the layer allows."""
+        visible = attention_kernels.visible_keys(layout, self.chunk_size, key).unsqueeze(1)
+        if mask is None:
+            return torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, -torch.inf)
+        if mask.shape[-2:] != visible.shape[-2:]:
+            raise ValueError(
+                f"A 4-D attention_mask has the shape {list(mask.shape)} at layer {self.layer}, which has "
+                f"{visible.shape[-2]} queries and {key} keys.\nPass [batch, 1 or heads, {visible.shape[-2]}, {key}]."
+            )
+        if mask.dtype == torch.bool:
+            visible, bias = visible & mask, torch.zeros((), device=mask.device)
+        else:
+            bias = mask.float()
+        # A row that sees nothing would divide by zero; it is left to look at itself.
+        size = visible.shape[-2:]
+        itself = (
+            torch.ones(size, dtype=torch.bool, device=visible.device).triu(size[1] - size[0]).tril(size[1] - size[0])
+        )
+        visible = visible | (itself & ~visible.any(-1, keepdim=True))
+        return bias.expand(torch.broadcast_shapes(bias.shape, visible.shape)).masked_fill(~visible, -torch.inf)
+
+    def _attend_eagerly(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float
+    ) -> Float[Tensor, "batch head seq d_head"]:
+        group = q.shape[1] // k.shape[1]
+        k, v = (t.float().repeat_interleave(group, dim=1) for t in (k, v))
+        scores = (
+            einsum(q.float(), k, "batch head query d, batch head key d -> batch head query key") * self.d_head**-0.5
+        )
+        pattern = self.pattern(torch.softmax(self.scores(scores + bias), dim=-1))
+        pattern = F.dropout(pattern, dropout)
+        return einsum(pattern, v, "batch head query key, batch head key d -> batch head query d").to(q.dtype)
+
+    def combine(self, z: Float[Tensor, "batch seq head d_head"]) -> Float[Tensor, "batch seq d_model"]:
+        """The output projection; head by head where somebody looks at single heads."""
+        if not self.head_out.watched:
+            return self.o_proj(z.flatten(-2))
+        weight = rearrange(self.o_proj.weight, "d_model (head d_head) -> head d_head d_model", d_head=self.d_head)
+        parts = einsum(z, weight, "batch seq head d_head, head d_head d_model -> batch seq head d_model")
+        out = self.head_out(parts).sum(-2)
+        return out if self.o_proj.bias is None else out + self.o_proj.bias

@@ -1,0 +1,31 @@
+"""The prompter of a loaded model: its tokenizer and image processor, read from the folder of the checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+from llama4lab.prompt.images import ImageProcessor
+from llama4lab.prompt.prompter import Prompter
+from llama4lab.prompt.tokenizer import load_tokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def prompter_for(model: Any) -> Prompter:
+    """Makes the prompter of a model.
+
+    Args:
+        model: has a `config`, and the `folder` it was loaded from or None. A model without a folder, or whose folder
+            has no tokenizer, gets a prompter that takes token ids only.
+    """
+    folder: Path | None = model.folder
+    if folder is None:
+        return Prompter(None, None, model.config)
+    tokenizer = load_tokenizer(folder) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+    return Prompter(tokenizer, load_image_processor(folder), model.config, folder)
+
+
+def load_image_processor(folder: Path) -> ImageProcessor | None:
+    """Reads the image settings of a checkpoint; None if it has none."""
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return None
+    return ImageProcessor.from_pretrained(folder, local_files_only=True)

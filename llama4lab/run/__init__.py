@@ -1,0 +1,1 @@
+"""One pass of the model, watched or changed."""

@@ -1,0 +1,117 @@
+"""A run as one safetensors file: the tensors, and in its metadata everything else as JSON."""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llama4lab.prompt.image_layout import ImageLayout
+from llama4lab.prompt.prompt import Prompt, Span
+
+FORMAT = "llama4lab.run/1"
+
+
+def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], prompt: Prompt) -> None:
+    """Writes a run. The file appears under its name only when it is complete.
+
+    Args:
+        path: Where to.
+        tensors: The recorded tensors.
+        header: JSON-able facts about them.
+        prompt: What was run.
+    """
+    prompt_tensors, prompt_facts = _taken_apart(prompt)
+    metadata = {"format": FORMAT, "order": json.dumps(list(tensors)), "header": json.dumps(header)}
+    metadata["prompt"] = json.dumps(prompt_facts)
+    # Views share memory with what they were cut from; a file must hold each tensor once and whole.
+    stored = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in {**tensors, **prompt_tensors}.items()
+    }
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(stored, unfinished, metadata)
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Prompt]:
+    """Gives the tensors, the header and the prompt of a file that `write` made.
+
+    Raises:
+        ValueError: if the file is not a run.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                found = metadata.get("format", "no format")
+                raise ValueError(f"{path} is not a run: its metadata says {found!r}, expected {FORMAT!r}.")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as problem:
+        raise ValueError(f"{path} is not a run: it is no complete safetensors file ({problem}).") from problem
+    prompt = _put_together(tensors, json.loads(metadata["prompt"]))
+    return {name: tensors[name] for name in json.loads(metadata["order"])}, json.loads(metadata["header"]), prompt
+
+
+def _taken_apart(prompt: Prompt) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {"prompt.input_ids": prompt.input_ids, "prompt.attention_mask": prompt.attention_mask}
+    if prompt.pixel_values is not None:
+        tensors["prompt.pixel_values"] = prompt.pixel_values
+    images = []
+    for number, layout in enumerate(prompt.images):
+        tensors[f"prompt.images.{number}.positions"] = layout.positions
+        tensors[f"prompt.images.{number}.places"] = layout.places
+        tensors[f"prompt.images.{number}.boxes"] = layout.boxes
+        if layout.original is not None:
+            tensors[f"prompt.images.{number}.original"] = torch.from_numpy(np.array(layout.original.convert("RGB")))
+        images.append(
+            {
+                "row": layout.row,
+                "size": layout.size,
+                "aspect_ratio": layout.aspect_ratio,
+                "tiles": [layout.tiles.start, layout.tiles.stop],
+                "grid": layout.grid,
+            }
+        )
+    spans = [[asdict(span) for span in row] for row in prompt.spans]
+    return tensors, {"tokens": prompt.tokens, "modality": prompt.modality, "spans": spans, "images": images}
+
+
+def _put_together(tensors: dict[str, Tensor], known: dict[str, Any]) -> Prompt:
+    images = []
+    for number, image in enumerate(known["images"]):
+        original = tensors.get(f"prompt.images.{number}.original")
+        images.append(
+            ImageLayout(
+                row=image["row"],
+                size=tuple(image["size"]),
+                aspect_ratio=tuple(image["aspect_ratio"]),
+                tiles=slice(*image["tiles"]),
+                grid=tuple(image["grid"]),
+                positions=tensors[f"prompt.images.{number}.positions"],
+                places=tensors[f"prompt.images.{number}.places"],
+                boxes=tensors[f"prompt.images.{number}.boxes"],
+                original=None if original is None else Image.fromarray(original.numpy()),
+            )
+        )
+    return Prompt(
+        input_ids=tensors["prompt.input_ids"],
+        attention_mask=tensors["prompt.attention_mask"],
+        pixel_values=tensors.get("prompt.pixel_values"),
+        tokens=known["tokens"],
+        modality=known["modality"],
+        images=images,
+        spans=[[Span(**span) for span in row] for row in known["spans"]],
+    )

@@ -1,0 +1,1 @@
+"""The domains of the training data, one a file; `catalogue` knows them all."""

@@ -1,0 +1,9 @@
+"""DataFrame -> matplotlib Axes, by the nouns of `llama4lab.tables`.
+
+Every function draws into `ax`, or into a figure of its own, and gives the Axes back. None shows, saves or changes any
+global setting.
+"""
+
+from llama4lab.viz import attention, logits, routing, vision
+
+__all__ = ["attention", "logits", "routing", "vision"]
