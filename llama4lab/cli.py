@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from llama4lab.checkpoint.locating import locate
+from llama4lab.checkpoint.settings import read_config
 from llama4lab.checkpoint.summary import summarize
-from llama4lab.model.loading import load
+from llama4lab.model.loading import empty_model
 from llama4lab.tour import tour as write_tour
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="See, change and measure everything inside Llama 4.")
@@ -32,4 +33,5 @@ def info(checkpoint: Checkpoint) -> None:
 @app.command()
 def hooks(checkpoint: Checkpoint) -> None:
     """List the hook points of a checkpoint with their shapes."""
-    typer.echo(repr(load(checkpoint).hook_points()))
+    folder = locate(checkpoint)
+    typer.echo(repr(empty_model(read_config(folder), folder).hook_points()))

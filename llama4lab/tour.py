@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -168,11 +169,12 @@ class Guide:
         tokens = tables.vision.tokens(run)
         original = prompt.images[0].original
         caption = "Each image token where it looks: the norm of what the vision tower hands to the text model."
-        self.page.figure(viz.vision.tokens(tokens, original, value="norm"), "image_features", caption)
+        self.page.figure(viz.vision.tokens(tokens, original, ax=_small(), value="norm"), "image_features", caption)
         if self.clean.meta["moe_layers"]:
             layer = self.clean.meta["moe_layers"][-1]
             caption = f"Each image token where it looks: the expert it was routed to in layer {layer}."
-            self.page.figure(viz.vision.tokens(tokens, original, value=f"expert_{layer}"), "image_experts", caption)
+            axes = viz.vision.tokens(tokens, original, ax=_small(), value=f"expert_{layer}")
+            self.page.figure(axes, "image_experts", caption)
         with patched(self.model, {"image_features": 0.0}):
             blind = record(self.model, prompt)
         answer = str(best.at[0, "token"])
@@ -247,6 +249,10 @@ class Guide:
     def _difference(self, logits: Tensor) -> float:
         prompt = self.clean.prompt
         return (logits[0, -1, prompt.token_id(ANSWER)] - logits[0, -1, prompt.token_id(OTHER)]).item()
+
+
+def _small() -> Axes:
+    return Figure(figsize=(4.5, 3.6)).subplots()
 
 
 def _probabilities(before: Run, after: Run, token: str) -> tuple[float, float]:

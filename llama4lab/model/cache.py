@@ -67,7 +67,7 @@ class KeyValueCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Int[Tensor, " row"]) -> None:
         """Puts the rows into another order."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(cast(Any, beam_idx))
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Int[Tensor, " row"]) -> None:

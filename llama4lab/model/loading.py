@@ -55,7 +55,7 @@ def load(
     """
     folder = locate(name, revision=revision, local_files_only=local_files_only)
     config = read_config(folder)
-    model = _empty_model(config, folder)
+    model = empty_model(config, folder)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = _tied(parameters)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items() if name not in tied}
@@ -75,7 +75,7 @@ def load(
     return model.eval()
 
 
-def _empty_model(config: Llama4Config | Llama4TextConfig, folder: Path) -> HookedModel:
+def empty_model(config: Llama4Config | Llama4TextConfig, folder: Path) -> HookedModel:
     """Gives the model without memory behind its parameters."""
     try:
         with torch.device("meta"):

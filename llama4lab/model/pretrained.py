@@ -74,7 +74,9 @@ class HookedPreTrainedModel(Promptable, PreTrainedModel):
     def attn(self, kernel: str) -> None:
         if kernel not in KERNELS:
             raise ValueError(f"attn={kernel!r} is not an attention kernel; choose from {', '.join(KERNELS)}.")
-        self.set_attn_implementation(KERNELS[kernel])
+        # Setting it on a config sets it on the parts too; transformers' own method warns of parts that are no
+        # `PreTrainedModel`, as the vision tower is none here.
+        self.config._attn_implementation = KERNELS[kernel]
         for layer in self.text.layers:
             layer.self_attn.dense_mask = kernel == "sdpa"
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from llama4lab.model.facts import facts
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.prompt.prompt import Prompt
-from llama4lab.prompt.tokenizer import token_strings
 from llama4lab.run.listening import listening, silent
 from llama4lab.run.recording import as_prompt
 from llama4lab.run.run import Run
@@ -69,19 +68,18 @@ def generate(
     shapes = {name: points[name] for name in names}
     tensors = {name: _joined(steps[name], shapes[name].split(), name) for name in names}
     whole = extended(model, prompt, sequences[:, prompt.input_ids.shape[1] :].cpu())
-    return Run(tensors, shapes, logits, whole, facts(model.config), positions=list(range(whole.input_ids.shape[1] - 1)))
+    positions = list(range(whole.input_ids.shape[1] - 1))
+    chosen_from = positions[-logits.shape[1] :]
+    return Run(tensors, shapes, logits, whole, facts(model.config), positions=positions, logit_positions=chosen_from)
 
 
 def extended(model: HookedPreTrainedModel, prompt: Prompt, new: Int[Tensor, "batch new"]) -> Prompt:
     """The prompt with generated tokens behind it; what fills up a row that has ended is padding."""
     ended = _after_end(new, model.generation_config.eos_token_id)
-    tokenizer = prompt.tokenizer
-    special = set() if tokenizer is None else set(tokenizer.added_tokens_decoder)
     tokens, modality = [], []
     for ids, over in zip(new.tolist(), ended.tolist(), strict=True):
-        texts = token_strings(tokenizer, ids)
+        texts, kinds = model.prompter.describe(ids)
         tokens.append(["" if done else text for text, done in zip(texts, over, strict=True)])
-        kinds = ["special" if token in special else "text" for token in ids]
         modality.append(["pad" if done else kind for kind, done in zip(kinds, over, strict=True)])
     return replace(
         prompt,

@@ -28,6 +28,7 @@ class Run(Mapping[str, Tensor]):
         meta: Facts about the model that readers of activations need; see `llama4lab.model.facts`.
         rows: The row of the prompt that each batch row of the tensors comes from.
         positions: The position in the prompt that each place of a "seq" or "query" axis comes from.
+        logit_positions: The position in the prompt whose next token each place of the logits is about.
     """
 
     tensors: dict[str, Tensor]
@@ -37,10 +38,13 @@ class Run(Mapping[str, Tensor]):
     meta: dict[str, Any]
     rows: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    logit_positions: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.rows = self.rows or list(range(self.prompt.input_ids.shape[0]))
         self.positions = self.positions or list(range(self.prompt.input_ids.shape[1]))
+        if not self.logit_positions and self.logits.shape[1]:
+            self.logit_positions = self.positions
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.tensors:
@@ -106,14 +110,21 @@ class Run(Mapping[str, Tensor]):
             return tensor
 
         tensors = {name: cut(tensor, self.shapes[name].split()) for name, tensor in self.tensors.items()}
-        whole = self.logits.shape[1] == len(self.positions)
-        logits = cut(self.logits, ["batch", "seq" if whole else "new", "vocab"])
-        places = {"rows": [self.rows[i] for i in row], "positions": [self.positions[i] for i in position]}
-        return replace(self, tensors=tensors, logits=logits, **places)
+        places = [self.positions[i] for i in position]
+        of_logits = [i for i, place in enumerate(self.logit_positions) if place in set(places)]
+        return replace(
+            self,
+            tensors=tensors,
+            logits=self.logits[row][:, of_logits],
+            rows=[self.rows[i] for i in row],
+            positions=places,
+            logit_positions=[self.logit_positions[i] for i in of_logits],
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the run to one safetensors file; a file that is there already is replaced only when all is written."""
         header = {"shapes": self.shapes, "meta": self.meta, "rows": self.rows, "positions": self.positions}
+        header["logit_positions"] = self.logit_positions
         run_file.write(Path(path), {**self.tensors, "run.logits": self.logits}, header, self.prompt)
 
     @classmethod

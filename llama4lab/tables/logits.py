@@ -38,8 +38,7 @@ def top_tokens(
         IndexError: if the run has no logits of that position, or only padding is there.
         ValueError: if `k` is less than 1.
     """
-    if k < 1:
-        raise ValueError(f"k={k} tokens were asked for; k is at least 1.")
+    _check_count(k)
     position, rows, logits = _at(run, position)
     log_prob, ids = logits.log_softmax(dim=-1).topk(min(k, logits.shape[-1]), dim=-1)
     shown = ids.shape[1]
@@ -88,36 +87,42 @@ def compare(
     Lines are sorted by the larger of the two probabilities, row by row; with `tokens`, they are in that order.
 
     Raises:
-        ValueError: if the runs differ in rows, vocabulary or length.
+        ValueError: if the runs differ in rows, vocabulary or length, or `k` is less than 1.
     """
     tokenizer = tokenizer or before.prompt.tokenizer
-    place, rows, logits = _at(before, position)
-    other_place, other_rows, other_logits = _at(after, position)
-    found, other = (place, rows, logits.shape[-1]), (other_place, other_rows, other_logits.shape[-1])
-    if found != other:
-        raise ValueError(
-            "The two runs cannot be compared: they differ in position, rows or size of the vocabulary.\n"
-            f"Before: position {found[0]}, rows {found[1]}, {found[2]} tokens. "
-            f"After: position {other[0]}, rows {other[1]}, {other[2]} tokens."
-        )
-    probs = logits.softmax(dim=-1), other_logits.softmax(dim=-1)
-    asked = None if tokens is None else [_id(token, tokenizer, logits.shape[-1]) for token in tokens]
+    place, rows, was = _at(before, position)
+    other_place, other_rows, now = _at(after, position)
+    _check_alike((place, rows, was.shape[-1]), (other_place, other_rows, now.shape[-1]))
+    asked = None if tokens is None else [_id(token, tokenizer, was.shape[-1]) for token in tokens]
     parts = []
-    for index, row in enumerate(rows):
-        was, is_now = probs[0][index], probs[1][index]
-        ids = torch.tensor(asked) if asked is not None else _leading(was, is_now, k)
+    for row, prob, new_prob in zip(rows, was.softmax(dim=-1), now.softmax(dim=-1), strict=True):
+        ids = _leading(prob, new_prob, k) if asked is None else torch.tensor(asked, dtype=torch.long)
         columns = {"row": row, "position": place, "token_id": ids.numpy()}
         columns |= {"token": token_strings(tokenizer, ids.tolist())}
-        columns |= {"prob_before": was[ids].numpy(), "prob_after": is_now[ids].numpy()}
+        columns |= {"prob_before": prob[ids].numpy(), "prob_after": new_prob[ids].numpy()}
         parts.append(pd.DataFrame(columns))
     table = pd.concat(parts, ignore_index=True)
     table["difference"] = table["prob_after"] - table["prob_before"]
     return table
 
 
+def _check_alike(before: tuple[int, list[int], int], after: tuple[int, list[int], int]) -> None:
+    if before != after:
+        raise ValueError(
+            "The two runs cannot be compared: they differ in position, rows or size of the vocabulary.\n"
+            f"Before: position {before[0]}, rows {before[1]}, {before[2]} tokens. "
+            f"After: position {after[0]}, rows {after[1]}, {after[2]} tokens."
+        )
+
+
+def _check_count(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k={k} tokens were asked for; k is at least 1.")
+
+
 def _at(run: Run, position: int) -> tuple[int, list[int], Float[Tensor, "row vocab"]]:
     """The position counted from 0, the rows that have a token there, and their logits."""
-    positions = _logit_positions(run)
+    positions = run.logit_positions
     if position < 0 and len(positions) >= -position:
         position = positions[position]
     if position not in positions:
@@ -131,16 +136,8 @@ def _at(run: Run, position: int) -> tuple[int, list[int], Float[Tensor, "row voc
     return position, [run.rows[index] for index in kept], logits
 
 
-def _logit_positions(run: Run) -> list[int]:
-    """The position of each logit: all of the run, or, if it was generated, those that chose a new token."""
-    count = run.logits.shape[1]
-    if count == len(run.positions):
-        return run.positions
-    last = run.prompt.input_ids.shape[1] - 1
-    return list(range(last - count, last))
-
-
 def _leading(before: Float[Tensor, " vocab"], after: Float[Tensor, " vocab"], k: int) -> Int[Tensor, " token"]:
+    _check_count(k)
     k = min(k, len(before))
     ids = torch.cat([before.topk(k).indices, after.topk(k).indices]).unique()
     return ids[torch.maximum(before, after)[ids].argsort(descending=True, stable=True)]

@@ -48,16 +48,7 @@ def tokens(
     style.only_one(table, "image")
     picture = _grey(image)
     height, width = picture.shape
-    # Boxes without area are the filling beside the picture.
-    shown = table.loc[(table["right"] > table["left"]) & (table["bottom"] > table["top"]), :]
-    reach = shown[["right", "bottom"]].to_numpy().max(axis=0)
-    if reach[0] > width + 0.5 or reach[1] > height + 0.5:
-        raise ValueError(
-            f"The boxes of the image tokens reach to {reach[0]:.0f} x {reach[1]:.0f}, but the picture is "
-            f"{width} x {height} pixels.\nPass the picture at the size the prompt was given."
-        )
-    if not np.all(shown["is_global"]):
-        shown = style.only(shown, "is_global", global_tile)
+    shown = _shown(table, width, height, global_tile)
     ax = style.axes(ax, 7.0, 6.0 * height / width + 0.4)
     # Pixel (0, 0) reaches from 0 to 1, as boxes count.
     ax.imshow(picture, extent=(0, width, height, 0), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -68,12 +59,23 @@ def tokens(
         cells.set(array=shown[value].to_numpy(dtype=float), cmap="viridis", norm=Normalize())
         style.color_bar(ax, cells, value.replace("_", " "))
     for _, tile in shown.groupby("tile"):
-        left, top, right, bottom = _boxes(tile)
-        border = left.min(), top.min(), right.max(), bottom.max()
-        _tile_border(ax, *map(float, border))
+        _tile_border(ax, tile)
     ax.set(xlim=(0, width), ylim=(height, 0), xlabel="pixel", ylabel="pixel")
     style.plain(ax)
     return ax
+
+
+def _shown(table: pd.DataFrame, width: int, height: int, global_tile: bool) -> pd.DataFrame:
+    """The image tokens to draw on a picture of that size: without filling, and of one kind of tile."""
+    shown = table.loc[(table["right"] > table["left"]) & (table["bottom"] > table["top"]), :]
+    reach = shown[["right", "bottom"]].to_numpy().max(axis=0)
+    if reach[0] > width + 0.5 or reach[1] > height + 0.5:
+        raise ValueError(
+            f"The boxes of the image tokens reach to {reach[0]:.0f} x {reach[1]:.0f}, but the picture is "
+            f"{width} x {height} pixels.\nPass the picture at the size the prompt was given."
+        )
+    # An image of one tile has only the global one.
+    return shown if np.all(shown["is_global"]) else style.only(shown, "is_global", global_tile)
 
 
 def _grey(image: Image.Image | np.ndarray) -> np.ndarray:
@@ -118,7 +120,10 @@ def _expert_cells(ax: Axes, shown: pd.DataFrame, value: str, alpha: float) -> No
     legend_beside(ax, expert_patches(experts), title=f"expert, layer {value.removeprefix('expert_')}")
 
 
-def _tile_border(ax: Axes, left: float, top: float, right: float, bottom: float) -> None:
-    border = Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="white", linewidth=1.6)
+def _tile_border(ax: Axes, tile: pd.DataFrame) -> None:
+    """A line around the image tokens of a tile."""
+    left, top, right, bottom = _boxes(tile)
+    corner, size = (left.min(), top.min()), (right.max() - left.min(), bottom.max() - top.min())
+    border = Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=1.6)
     border.set_path_effects([withStroke(linewidth=3.2, foreground=style.INK)])
     ax.add_patch(border)

@@ -104,7 +104,10 @@ def decode() -> None:
 def chunks() -> None:
     ours, theirs = pair(16, chunk=1024)
     q, k, v = torch.randn(1, 8, 4096, 64), torch.randn(1, 2, 4096, 64), torch.randn(1, 2, 4096, 64)
-    calls = {"ours": partial(kernel, ours, q, k, v), "theirs": partial(kernel, theirs, q, k, v)}
+    calls: dict[str, Callable[[], object]] = {
+        "ours": partial(kernel, ours, q, k, v),
+        "theirs": partial(kernel, theirs, q, k, v),
+    }
     show("chunked attention, 4 chunks of 1,024", interleaved(calls, 5))
 
 

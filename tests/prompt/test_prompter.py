@@ -214,8 +214,8 @@ def test_the_normalisation_can_be_chosen(prompter, image_processor, noise):
 def test_layouts_follow_the_chosen_normalisation(tokenizer, config, noise):
     """Meta's code makes this image 352 pixels wide on the canvas, transformers 351."""
     prompter, image = Prompter(tokenizer, ImageProcessor(size=48), config), noise(366, 1342)
-    for settings, width in (({}, 351), ({"normalize": "hf"}, 351), ({"normalize": "meta"}, 352)):
-        right = prompter("?", images=image, **settings).images[0].boxes[0, 2]
+    for normalize, width in ((None, 351), ("hf", 351), ("meta", 352)):
+        right = prompter("?", images=image, normalize=normalize).images[0].boxes[0, 2]
         assert right.item() == pytest.approx(12 / width * 1342)
 
 

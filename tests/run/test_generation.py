@@ -92,3 +92,13 @@ def test_sampling_options_reach_transformers(tiny):
         tiny, SHORT, do_sample=True, temperature=5.0, max_new_tokens=6, **endless(tiny)
     ).prompt.input_ids
     assert not torch.equal(first, second)
+
+
+def test_cutting_a_generated_run_keeps_the_positions_of_its_logits(tiny):
+    run = lab.generate(tiny, TEXT, max_new_tokens=3, at="embed", **endless(tiny))
+    assert run.logit_positions == [14, 15, 16]
+    assert run.cut(positions=slice(0, 3)).logits.shape[1] == 0
+    cut = run.cut(positions=[2, 15])
+    assert cut.logit_positions == [15]
+    assert torch.equal(cut.logits, run.logits[:, 1:2])
+    assert lab.tables.logits.top_tokens(cut)["position"].unique().tolist() == [15]

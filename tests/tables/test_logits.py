@@ -65,6 +65,8 @@ def test_wrong_positions_and_counts_are_refused(planted):
         top_tokens(planted.cut(rows=1), position=0)
     with pytest.raises(ValueError, match="k=0"):
         top_tokens(planted, k=0)
+    with pytest.raises(ValueError, match="k=0"):
+        compare(planted, planted, k=0)
 
 
 def test_compare_shows_the_leading_tokens_of_either_run_and_what_changed(planted, changed):
