@@ -92,9 +92,11 @@ class SelfAttention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         kernel = self.config._attn_implementation
         if kernel == "eager" or self.scores.watched or self.pattern.watched:
-            z = self._attend_eagerly(q, k, v, self._additive_mask(layout, k.shape[2], mask), dropout)
+            z = self._attend_eagerly(
+                q, k, v, attention_kernels.additive_mask(layout, self.chunk_size, k.shape[2], mask), dropout
+            )
         elif mask is not None:
-            bias = self._additive_mask(layout, k.shape[2], mask).to(q.dtype)
+            bias = attention_kernels.additive_mask(layout, self.chunk_size, k.shape[2], mask).to(q.dtype)
             z = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
             )
@@ -109,39 +111,13 @@ class SelfAttention(nn.Module):
             z = z * layout.query_valid[:, None, :, None]
         return z
 
-    def _additive_mask(
-        self, layout: TokenLayout, key: int, mask: Tensor | None
-    ) -> Float[Tensor, "#batch #head query key"]:
-        """0 where a query may look, -inf elsewhere; a caller's 4-D mask narrows what the layer allows."""
-        visible = attention_kernels.visible_keys(layout, self.chunk_size, key).unsqueeze(1)
-        if mask is None:
-            return torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, -torch.inf)
-        if mask.shape[-2:] != visible.shape[-2:]:
-            raise ValueError(
-                f"A 4-D attention_mask has the shape {list(mask.shape)} at layer {self.layer}, which has "
-                f"{visible.shape[-2]} queries and {key} keys.\nPass [batch, 1 or heads, {visible.shape[-2]}, {key}]."
-            )
-        if mask.dtype == torch.bool:
-            visible, bias = visible & mask, torch.zeros((), device=mask.device)
-        else:
-            bias = mask.float()
-        # A row that sees nothing would divide by zero; it is left to look at itself.
-        size = visible.shape[-2:]
-        itself = (
-            torch.ones(size, dtype=torch.bool, device=visible.device).triu(size[1] - size[0]).tril(size[1] - size[0])
-        )
-        visible = visible | (itself & ~visible.any(-1, keepdim=True))
-        return bias.expand(torch.broadcast_shapes(bias.shape, visible.shape)).masked_fill(~visible, -torch.inf)
-
     def _attend_eagerly(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float
     ) -> Float[Tensor, "batch head seq d_head"]:
-        group = q.shape[1] // k.shape[1]
-        k, v = (t.float().repeat_interleave(group, dim=1) for t in (k, v))
-        scores = (
-            einsum(q.float(), k, "batch head query d, batch head key d -> batch head query key") * self.d_head**-0.5
-        )
-        pattern = self.pattern(torch.softmax(self.scores(scores + bias), dim=-1))
+        group, wide = q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
+        k, v = (t.to(wide).repeat_interleave(group, dim=1) for t in (k, v))
+        scores = einsum(q.to(wide), k, "batch head query d, batch head key d -> batch head query key")
+        pattern = self.pattern(torch.softmax(self.scores(scores * self.d_head**-0.5 + bias), dim=-1))
         pattern = F.dropout(pattern, dropout)
         return einsum(pattern, v, "batch head query key, batch head key d -> batch head query d").to(q.dtype)
 

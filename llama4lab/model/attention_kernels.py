@@ -70,6 +70,39 @@ def visible_keys(layout: TokenLayout, chunk: int | None, key: int) -> Bool[Tenso
     return layout.visible(chunk, first, key)
 
 
+def additive_mask(
+    layout: TokenLayout, chunk: int | None, key: int, mask: Tensor | None
+) -> Float[Tensor, "#batch #head query key"]:
+    """0 where a query may look, -inf elsewhere.
+
+    Args:
+        layout: Where the tokens stand.
+        chunk: Chunk size of the layer, or None.
+        key: Number of keys that the cache gave.
+        mask: A caller's own 4-D mask, boolean or additive, over all keys so far; it narrows what the layer allows.
+
+    Raises:
+        ValueError: if the mask has another number of queries or keys.
+    """
+    visible = visible_keys(layout, chunk, key).unsqueeze(1)
+    bias = torch.zeros((1, 1, 1, 1), device=visible.device)
+    if mask is not None:
+        mask = mask[..., -key:] if mask.shape[-1] == layout.key_positions.shape[1] else mask
+        if mask.shape[-2:] != visible.shape[-2:]:
+            raise ValueError(
+                f"A 4-D attention_mask has the shape {list(mask.shape)}; here are {visible.shape[-2]} queries and "
+                f"{key} keys.\nPass [batch, 1 or heads, {visible.shape[-2]}, {layout.key_positions.shape[1]}]."
+            )
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+        bias = bias if mask.dtype == torch.bool else mask.float().masked_fill(~allowed, 0.0)
+        visible = visible & allowed
+        # A row that sees nothing would divide by zero; it is left to look at itself.
+        past = visible.shape[-1] - visible.shape[-2]
+        itself = torch.ones(visible.shape[-2:], dtype=torch.bool, device=visible.device).triu(past).tril(past)
+        visible = visible | (itself & ~visible.any(-1, keepdim=True))
+    return bias.expand(torch.broadcast_shapes(bias.shape, visible.shape)).masked_fill(~visible, -torch.inf)
+
+
 def _window_holds_chunk(layout: TokenLayout, chunk: int | None, key: int, seq: int) -> bool:
     # A cache that keeps one chunk gives fewer keys than there are tokens, yet all that the first query may see.
     if chunk is None or layout.start is None:

@@ -29,9 +29,9 @@ def open_checkpoint(folder: Path = HERE) -> tuple[HookedLlama4, Packer]:
     return model, Packer(Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
-def accuracy(model: HookedLlama4, packer: Packer, domain: str, n: int, seed: int = 0) -> float:
-    """The share of answer tokens of `n` held-out documents that the model ranks first."""
-    _, right, _ = answers(model, padded(packer, documents(domain, n, seed, "test")))
+def accuracy(model: HookedLlama4, packer: Packer, domain: str, n: int, split: str = "test") -> float:
+    """The share of answer tokens of `n` documents, by default held-out ones, that the model ranks first."""
+    _, right, _ = answers(model, padded(packer, documents(domain, n, split=split)))
     return right.mean().item()
 
 
@@ -103,6 +103,7 @@ def figures(model: HookedLlama4, packer: Packer, n: int = 400) -> dict[str, floa
     _, shuffled = looking(model, packer, n)
     named = {f"{domain} accuracy": accuracy(model, packer, domain, n) for domain in DRAWS if "far" not in domain}
     return named | {
+        "arithmetic accuracy, pairs seen in training": accuracy(model, packer, "arithmetic", n, "train"),
         "induction loss, first round": first,
         "induction loss, second round": second,
         "best induction score": scores.max().item(),

@@ -20,6 +20,7 @@ ALL: dict[str, float] = {
 }
 MORE_IMAGES = ALL | {"shapes": 8.0}
 MOST_IMAGES = ALL | {"shapes": 16.0, "facts": 18.0, "arithmetic": 16.0}
+SEARCHING: dict[str, float] = {"shape_search": 4.0, "shapes": 1.0}
 COPYING: dict[str, float] = {"induction": 3.0, "recall": 3.0, "indirect_objects": 1.0}
 
 
@@ -63,6 +64,7 @@ STAGES = (
     Stage("copy", 3200, 2e-3, 2e-3, (Batch(MORE_IMAGES, 8, LONG), Batch(COPYING, 16, CHUNK, CHUNKS)), 0.1),
     Stage("settle", 800, 2e-3, 1.36e-3, (Batch(MORE_IMAGES, 10, LONG), Batch(COPYING, 8, CHUNK, (16, 32))), 0.1),
     Stage("finish", 3400, 1.36e-3, 0.0, (Batch(MOST_IMAGES, 10, LONG), Batch(COPYING, 4, CHUNK, (16, 32))), 0.1),
+    Stage("search", 1300, 1.2e-3, 0.0, (Batch(ALL, 4, LONG), Batch(SEARCHING, 24, CHUNK)), 0.05),
 )
 STEPS = sum(stage.steps for stage in STAGES)
 

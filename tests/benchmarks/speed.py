@@ -9,13 +9,13 @@ ratios. Weights are random normal, hidden size 512, 8 layers, float32.
 
 import copy
 import gc
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import Llama4ForCausalLM, Llama4TextConfig
@@ -135,15 +135,22 @@ def memory() -> None:
 
 @torch.no_grad()
 def peak(name: str, num_experts: int) -> None:
-    """Prints by how many MiB one pass lifts the process above what it had."""
+    """Prints by how many MiB one pass lifts the process above what it held (Linux)."""
     torch.set_num_threads(1)
     kind = HookedLlama4ForCausalLM if name == "ours" else Llama4ForCausalLM
     model = kind(config(num_experts)).eval()
     model(torch.randint(1024, (1, 8)), use_cache=False)
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
     model(torch.randint(1024, (1, 2048)), use_cache=False, logits_to_keep=1)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((resident("VmHWM") - before) / 1024)
+
+
+def resident(figure: str) -> int:
+    """VmRSS, what the process holds, or VmHWM, the most it held, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(figure))
 
 
 @torch.no_grad()

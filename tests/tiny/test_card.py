@@ -44,11 +44,14 @@ def test_questions_about_shapes_are_answered_from_the_image(checkpoint):
     assert shuffled < 0.5
 
 
-@pytest.mark.parametrize(
-    ("domain", "least"), [("arithmetic", 0.8), ("code", 0.9), ("translation", 0.8), ("recall", 0.9), ("chat", 0.9)]
-)
+@pytest.mark.parametrize(("domain", "least"), [("code", 0.95), ("translation", 0.85), ("recall", 0.95), ("chat", 0.95)])
 def test_the_other_domains_are_learned(checkpoint, domain, least):
     assert evaluation.accuracy(*checkpoint, domain=domain, n=150) > least
+
+
+def test_sums_are_known_by_heart_and_not_computed(checkpoint):
+    assert evaluation.accuracy(*checkpoint, domain="arithmetic", n=150, split="train") > 0.9
+    assert evaluation.accuracy(*checkpoint, domain="arithmetic", n=150) < 0.5
 
 
 def test_no_expert_is_dead(checkpoint, rows):
@@ -62,7 +65,8 @@ def test_experts_know_more_about_domains_than_random_ones(checkpoint, rows):
     assert all(trained[layer] > random[layer] for layer in trained)
 
 
-def test_some_experts_serve_one_domain(checkpoint, rows):
+def test_some_experts_serve_one_domain(checkpoint):
+    rows = specialisation.held_out(checkpoint[1], 5)
     ranked = specialisation.ranking(specialisation.ablation(checkpoint[0], rows))
     clear = [entry for entry in ranked if entry[3] > 0.5 and entry[3] > 10 * max(entry[4], 0.01)]
     assert len(clear) >= 3

@@ -31,6 +31,7 @@ DRAWS: dict[str, Callable[[random.Random], Document]] = {
     "far_recall": recall.draw_far,
     "far_induction": induction.draw_long,
     "shapes": shapes.draw,
+    "shape_search": shapes.draw_search,
     "chat": chat.draw,
 }
 

@@ -15,6 +15,15 @@ def draw(rng: random.Random) -> Document:
     return questions(draw_scene(rng, rng.choices((1, 2, 3, 4), (5, 5, 3, 2))[0]), rng, 2)
 
 
+def draw_search(rng: random.Random) -> Document:
+    """A scene of two or three things whose questions name a thing and not its place, so that it has to be found."""
+    while True:
+        scene = draw_scene(rng, rng.choice((2, 2, 3)))
+        different = len({thing.shape for thing in scene.things}) == len({thing.colour for thing in scene.things})
+        if different and len({thing.shape for thing in scene.things}) == len(scene.things):
+            return questions(scene, rng, 2, ("colour", "shape", "place"))
+
+
 def questions(scene: Scene, rng: random.Random, number: int, kinds: tuple[str, ...] = KINDS) -> Document:
     """The document of a scene with `number` different questions of the given kinds."""
     asked: list[tuple[str, str]] = []
