@@ -226,7 +226,9 @@ class Guide:
         if not self.clean.meta["moe_layers"]:
             return
         self.page.section("Re-routing a token")
-        layer, end = self.clean.meta["moe_layers"][-1], self.clean.logits.shape[1] - 1
+        end = self.clean.logits.shape[1] - 1
+        gates = self.clean.layers("feed_forward.router.gates")
+        layer = max(gates, key=lambda layer: gates[layer][0, end].max().item())  # a weak gate all but mutes its expert
         router = f"layers.{layer}.feed_forward.router"
         chosen, rows = self.clean[f"{router}.indices"], []
         for expert in range(self.clean.meta["num_experts"]):
@@ -236,7 +238,10 @@ class Guide:
             rows.append({"expert": expert, "chosen": "yes" if taken else "", "gate": gate})
             rows[-1]["logit difference"] = self._difference(run.logits)
         rows.sort(key=lambda row: -row["logit difference"])
-        self.page.text(f"The last token goes to every expert of layer {layer} in turn, with the gate of its own logit.")
+        self.page.text(
+            f"In layer {layer}, where its gate is strongest, the last token goes to every expert in turn, with the gate "
+            "of that expert's own logit."
+        )
         columns = ["expert", "chosen", "gate", "logit difference"]
         self.page.table(f"Logit difference{ANSWER} -{OTHER} under each expert", pd.DataFrame(rows).head(8), columns)
         own = next(row for row in rows if row["chosen"])

@@ -25,7 +25,7 @@ from llama4lab.tiny.progress import report
 
 SEED = 0
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.1, 1.0
-SAVE_EVERY, REPORT_EVERY = 100, 100
+SAVE_EVERY, REPORT_EVERY = 100, 250
 
 
 class Trainer:
