@@ -239,8 +239,8 @@ class Guide:
             rows[-1]["logit difference"] = self._difference(run.logits)
         rows.sort(key=lambda row: -row["logit difference"])
         self.page.text(
-            f"In layer {layer}, where its gate is strongest, the last token goes to every expert in turn, with the gate "
-            "of that expert's own logit."
+            f"In layer {layer}, where its gate is strongest, the last token goes to every expert in turn, with the "
+            "gate of that expert's own logit."
         )
         columns = ["expert", "chosen", "gate", "logit difference"]
         self.page.table(f"Logit difference{ANSWER} -{OTHER} under each expert", pd.DataFrame(rows).head(8), columns)
