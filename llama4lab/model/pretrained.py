@@ -27,7 +27,6 @@ class HookedPreTrainedModel(Promptable, PreTrainedModel):
     Attributes:
         published_name: The name of the class in transformers, which other tools look for in config.json.
         folder: Where the checkpoint was loaded from, or None.
-        tokenizer: The checkpoint's tokenizer, or None.
     """
 
     supports_gradient_checkpointing = True
@@ -39,7 +38,6 @@ class HookedPreTrainedModel(Promptable, PreTrainedModel):
     loss_type = "ForCausalLM"
     published_name: str
     folder: Path | None = None
-    tokenizer: Any = None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -21,6 +21,11 @@ class Promptable:
             raise RuntimeError("No prompter is registered. Write `import llama4lab` before using model.prompt.")
         return self.make_prompter(self)
 
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer; None for a model that takes token ids only."""
+        return self.prompter.tokenizer
+
     def prompt(self, content: Any, **options: Any) -> Any:
         """Gives the `Prompt` for a text, a chat, several of either, or token ids; see `llama4lab.prompt.Prompter`."""
         return self.prompter(content, **options)

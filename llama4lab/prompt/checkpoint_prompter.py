@@ -14,10 +14,14 @@ def prompter_for(model: Any) -> Prompter:
     """Makes the prompter of a model.
 
     Args:
-        model: has a `config`, and the `folder` it was loaded from or None. A model without a folder, or whose folder
-            has no tokenizer, gets a prompter that takes token ids only.
+        model: has a `config`, the `folder` that `load` found it in or None, and the `name_or_path` that transformers'
+            `from_pretrained` was given. Without a folder, or with one that has no tokenizer, the prompter takes token
+            ids only.
     """
     folder: Path | None = model.folder
+    name = getattr(model, "name_or_path", "")
+    if folder is None and name and Path(name).is_dir():
+        folder = Path(name)
     if folder is None:
         return Prompter(None, None, model.config)
     tokenizer = load_tokenizer(folder) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
