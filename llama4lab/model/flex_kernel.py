@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from llama4lab.model.attention_kernels import visible_keys
 from llama4lab.model.token_layout import TokenLayout
 
 
@@ -29,13 +30,15 @@ def flex(
         RuntimeError: where torch cannot compile for this device.
     """
     key = k.shape[2]
-    first = max(layout.key_positions.shape[1] - key, 0)
-    visible = layout.visible(chunk, first, key)
-
-    def rule(batch: Tensor, head: Tensor, query: Tensor, at: Tensor) -> Tensor:
-        return visible[batch if visible.shape[0] > 1 else 0, query, at]
-
-    mask = create_block_mask(rule, visible.shape[0], None, q.shape[2], key, device=q.device)
+    visible = visible_keys(layout, chunk, key)
+    mask = create_block_mask(
+        lambda row, head, query, at: visible[row if visible.shape[0] > 1 else 0, query, at],
+        visible.shape[0],
+        None,
+        q.shape[2],
+        key,
+        device=q.device,
+    )
     try:
         return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     except Exception as problem:
