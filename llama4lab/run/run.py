@@ -111,7 +111,8 @@ class Run(Mapping[str, Tensor]):
 
         tensors = {name: cut(tensor, self.shapes[name].split()) for name, tensor in self.tensors.items()}
         places = [self.positions[i] for i in position]
-        of_logits = [i for i, place in enumerate(self.logit_positions) if place in set(places)]
+        index = {place: i for i, place in enumerate(self.logit_positions)}
+        of_logits = [index[place] for place in places if place in index]
         return replace(
             self,
             tensors=tensors,

@@ -45,6 +45,10 @@ def test_cutting_takes_rows_and_positions_and_keeps_axes(run):
     assert torch.equal(cut.logits, run.logits[1:2, -3:])
     seq = run.prompt.input_ids.shape[1]
     assert (cut.rows, cut.positions) == ([1], list(range(seq - 3, seq)))
+    turned = run.cut(positions=[5, 2])
+    assert torch.equal(turned["layers.1.resid_post"], run["layers.1.resid_post"][:, [5, 2]])
+    assert torch.equal(turned.logits, run.logits[:, [5, 2]])
+    assert turned.logit_positions == turned.positions == [5, 2]
     again = cut.cut(positions=[-1])
     assert again.positions == [seq - 1]
     with pytest.raises(IndexError, match=r"rows holds 2, but the run has 2 rows"):
