@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from llama4lab.checkpoint.locating import locate
-from llama4lab.checkpoint.settings import read_config
 from llama4lab.checkpoint.summary import summarize
 from llama4lab.model.loading import empty_model
 from llama4lab.tour import tour as write_tour
@@ -33,5 +32,4 @@ def info(checkpoint: Checkpoint) -> None:
 @app.command()
 def hooks(checkpoint: Checkpoint) -> None:
     """List the hook points of a checkpoint with their shapes."""
-    folder = locate(checkpoint)
-    typer.echo(repr(empty_model(read_config(folder), folder).hook_points()))
+    typer.echo(repr(empty_model(locate(checkpoint)).hook_points()))

@@ -92,14 +92,10 @@ class SelfAttention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         kernel = self.config._attn_implementation
         if kernel == "eager" or self.scores.watched or self.pattern.watched:
-            z = self._attend_eagerly(
-                q, k, v, attention_kernels.additive_mask(layout, self.chunk_size, k.shape[2], mask), dropout
-            )
+            bias = attention_kernels.additive_mask(layout, self.chunk_size, k.shape[2], mask)
+            z = self._attend_eagerly(q, k, v, bias, dropout)
         elif mask is not None:
-            bias = attention_kernels.additive_mask(layout, self.chunk_size, k.shape[2], mask).to(q.dtype)
-            z = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
-            )
+            z = attention_kernels.masked(q, k, v, layout, self.chunk_size, mask, dropout)
         elif kernel == "flex_attention":
             z = flex_kernel.flex(q, k, v, layout, self.chunk_size)
         elif self.dense_mask:

@@ -51,6 +51,14 @@ def dense(q: Queries, k: Keys, v: Keys, layout: TokenLayout, chunk: int | None, 
     return _sdpa(q, k, v, mask=mask.expand(q.shape[0], 1, seq, key), dropout=dropout)
 
 
+def masked(
+    q: Queries, k: Keys, v: Keys, layout: TokenLayout, chunk: int | None, mask: Tensor, dropout: float
+) -> Queries:
+    """Attention by one call of torch's fused kernel under a caller's own 4-D mask."""
+    bias = additive_mask(layout, chunk, k.shape[2], mask).to(q.dtype)
+    return _sdpa(q, k, v, mask=bias, dropout=dropout)
+
+
 def visible_keys(layout: TokenLayout, chunk: int | None, key: int) -> Bool[Tensor, "#batch query key"]:
     """Which of the `key` keys that the cache gave each query may see.
 

@@ -54,15 +54,14 @@ def load(
         MemoryError: if `"auto"` finds no room for the model.
     """
     folder = locate(name, revision=revision, local_files_only=local_files_only)
-    config = read_config(folder)
-    model = empty_model(config, folder)
+    model = empty_model(folder)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = _tied(parameters)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items() if name not in tied}
     weights = Weights(Shards(folder), shapes, tied)
 
     devices = _devices(device_map)
-    chosen = _dtype(dtype, weights, config, on_cpu=set(devices.values()) == {torch.device("cpu")})
+    chosen = _dtype(dtype, weights, model.config, on_cpu=set(devices.values()) == {torch.device("cpu")})
     if device_map == "auto" and torch.cuda.is_available():
         devices = _spread(model, chosen)
     placed = _placed(devices, parameters)
@@ -75,8 +74,9 @@ def load(
     return model.eval()
 
 
-def empty_model(config: Llama4Config | Llama4TextConfig, folder: Path) -> HookedModel:
-    """Gives the model without memory behind its parameters."""
+def empty_model(folder: Path) -> HookedModel:
+    """Gives the model that a checkpoint's config describes, without memory behind its parameters."""
+    config = read_config(folder)
     try:
         with torch.device("meta"):
             return HookedLlama4(config) if isinstance(config, Llama4Config) else HookedLlama4ForCausalLM(config)
