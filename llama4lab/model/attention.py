@@ -11,6 +11,7 @@ from llama4lab.model import attention_kernels, flex_kernel
 from llama4lab.model.hook_point import HookPoint
 from llama4lab.model.layer_kinds import is_chunked, uses_rope
 from llama4lab.model.norm import rms_normalised
+from llama4lab.model.packed_layout import PackedLayout
 from llama4lab.model.rope import rotated
 from llama4lab.model.token_layout import TokenLayout
 
@@ -54,25 +55,29 @@ class SelfAttention(nn.Module):
         self,
         x: Float[Tensor, "batch seq d_model"],
         rotation: Float[Tensor, "#batch seq pair 2"],
-        layout: TokenLayout,
+        layout: TokenLayout | PackedLayout,
         cache: Cache | None = None,
         mask: Tensor | None = None,
-    ) -> Float[Tensor, "batch seq d_model"]:
-        q = self.q(self.q_proj(x).unflatten(-1, (-1, self.d_head)))
+    ) -> Float[Tensor, "batch asking d_model"]:
+        q = self.q(self.q_proj(layout.asking(x)).unflatten(-1, (-1, self.d_head)))
         k = self.k(self.k_proj(x).unflatten(-1, (-1, self.d_head)))
         v = self.v(self.v_proj(x).unflatten(-1, (-1, self.d_head)))
         if self.rope:
-            q, k = rotated(q, rotation), rotated(k, rotation)
+            q, k = rotated(q, layout.asking(rotation)), rotated(k, rotation)
             if self.config.use_qk_norm:
                 # Without weights, for each head alone, after RoPE: a score is then sqrt(d_head) times a cosine.
                 q, k = rms_normalised(q, self.config.rms_norm_eps), rms_normalised(k, self.config.rms_norm_eps)
         elif self.config.attn_temperature_tuning:
-            q = (q * self.temperature(layout.positions)).to(q.dtype)
+            q = (q * self.temperature(layout.asking(layout.positions))).to(q.dtype)
         q, k = self.q_rot(q), self.k_rot(k)
         q, k, v = (rearrange(t, "batch seq head d_head -> batch head seq d_head") for t in (q, k, v))
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        z = self.attend(q, k, v, layout, mask)
+        if isinstance(layout, PackedLayout):
+            watched = self.scores.watched or self.pattern.watched
+            z = layout.attended(self.attend, q, k, v, None if watched else self.chunk_size)
+        else:
+            z = self.attend(q, k, v, layout, mask)
         return self.out(self.combine(self.z(rearrange(z, "batch head seq d_head -> batch seq head d_head"))))
 
     def temperature(self, positions: Int[Tensor, "#batch seq"]) -> Float[Tensor, "#batch seq 1 1"]:

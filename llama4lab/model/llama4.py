@@ -251,9 +251,7 @@ class HookedLlama4(HookedPreTrainedModel, GenerationMixin):
             return self.language_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **options)
         if input_ids is None:
             raise ValueError("mm_encoder_outputs needs input_ids, whose image patch tokens say where the vectors go.")
-        features = self.image_features(self.multi_modal_projector(encoded.last_hidden_state))
-        merged = self._merged(input_ids, self.text.embedded(input_ids), features)
-        output = self.language_model(inputs_embeds=merged, **options)
+        output = self.language_model(inputs_embeds=self.merged(input_ids, encoded.last_hidden_state), **options)
         output.image_hidden_states = encoded.last_hidden_state
         return output
 
@@ -268,13 +266,11 @@ class HookedLlama4(HookedPreTrainedModel, GenerationMixin):
                 "Pass what model.prompt(...).inputs() gives."
             )
 
-    def _merged(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        embedded: Float[Tensor, "batch seq d_model"],
-        features: Float[Tensor, "tile image_token d_model"],
+    def merged(
+        self, input_ids: Int[Tensor, "batch seq"], encoded: Float[Tensor, "tile image_token d_adapter"]
     ) -> Float[Tensor, "batch seq d_model"]:
-        """Puts the image vectors, in order, at the image patch tokens."""
+        """The embeddings of the tokens, with the projected image vectors, in order, at the image patch tokens."""
+        features, embedded = self.image_features(self.multi_modal_projector(encoded)), self.text.embedded(input_ids)
         places = (input_ids == self.config.image_token_id).to(embedded.device)
         count, have = int(places.sum()), features.shape[0] * features.shape[1]
         if count != have:

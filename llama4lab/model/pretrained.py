@@ -79,6 +79,16 @@ class HookedPreTrainedModel(Promptable, PreTrainedModel):
             layer.self_attn.dense_mask = kernel == "sdpa"
 
     @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the weights, or, of weights that wait elsewhere, the one they are used on."""
+        own = super().device
+        if own.type != "meta":
+            return own
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        used = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((torch.device(device) for device in used if device is not None), own)
+
+    @property
     def text(self) -> TextModel:
         """The text stack."""
         raise AttributeError(f"{type(self).__name__} has no text stack")

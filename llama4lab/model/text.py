@@ -14,6 +14,7 @@ from llama4lab.model.layer_kinds import is_moe
 from llama4lab.model.mlp import MLP
 from llama4lab.model.moe import MixtureOfExperts
 from llama4lab.model.norm import RMSNorm
+from llama4lab.model.packed_layout import PackedLayout
 from llama4lab.model.rope import RotaryEmbedding
 from llama4lab.model.token_layout import TokenLayout
 
@@ -38,12 +39,13 @@ class TextLayer(nn.Module):
         self,
         x: Float[Tensor, "batch seq d_model"],
         rotation: Float[Tensor, "#batch seq pair 2"],
-        layout: TokenLayout,
+        layout: TokenLayout | PackedLayout,
         cache: Cache | None = None,
         mask: Tensor | None = None,
-    ) -> Float[Tensor, "batch seq d_model"]:
+    ) -> Float[Tensor, "batch asking d_model"]:
         x = self.resid_pre(x)
-        x = self.resid_mid(x + self.self_attn(self.input_layernorm(x), rotation, layout, cache, mask))
+        attended = self.self_attn(self.input_layernorm(x), rotation, layout, cache, mask)
+        x = self.resid_mid(layout.asking(x) + attended)
         return self.resid_post(x + self.feed_forward(self.post_attention_layernorm(x)))
 
 
@@ -82,7 +84,9 @@ class TextModel(nn.Module):
             if low < 0 or high >= size:
                 wrong = low if low < 0 else high
                 raise ValueError(f"input_ids holds the id {wrong}; the vocabulary has ids 0 to {size - 1}.")
-        return self.embed(self.embed_tokens(input_ids.to(self.embed_tokens.weight.device)))
+        device = self.embed_tokens.weight.device
+        # Offloaded weights are on the meta device between passes; what brings them back moves the ids too.
+        return self.embed(self.embed_tokens(input_ids if device.type == "meta" else input_ids.to(device)))
 
     def forward(
         self,

@@ -7,7 +7,7 @@ new document in the same row (a packed sequence); documents never see each other
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 PADDING = -1
@@ -60,6 +60,10 @@ class TokenLayout:
             return tensor if tensor.shape[0] == 1 else tensor[rows.to(tensor.device)]
 
         return TokenLayout(pick(self.positions), pick(self.key_positions), pick(self.documents), self.start)
+
+    def asking(self, x: Shaped[Tensor, "#batch seq ..."]) -> Shaped[Tensor, "#batch seq ..."]:
+        """What belongs to the tokens that attend, which are all; see `PackedLayout`."""
+        return x
 
     @property
     def query_valid(self) -> Bool[Tensor, "#batch seq"]:

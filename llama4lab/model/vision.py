@@ -114,9 +114,9 @@ class VisionEncoder(nn.Module):
         self._gradient_checkpointing_func = None
 
     def forward(
-        self, x: Float[Tensor, "tile patch d_vision"], rotation: Float[Tensor, "1 patch pair 2"]
+        self, x: Float[Tensor, "tile patch d_vision"], rotation: Float[Tensor, "1 patch pair 2"], first: int = 0
     ) -> Float[Tensor, "tile patch d_vision"]:
-        for layer in self.layers:
+        for layer in self.layers[first:]:
             if self.gradient_checkpointing and self.training and self._gradient_checkpointing_func is not None:
                 x = self._gradient_checkpointing_func(layer.__call__, x, rotation)
             else:
@@ -192,7 +192,13 @@ class VisionModel(nn.Module):
         # The class token comes last, and does not reach the text model.
         x = torch.cat([x, self.class_embedding.expand(x.shape[0], 1, -1)], dim=1)
         x = self.layernorm_pre(self.embed(x + self.positional_embedding_vlm))
-        x = self.layernorm_post(self.model(x, self.rotary_embedding(x.device)))
+        return self.continued(x, 0)
+
+    def continued(
+        self, x: Float[Tensor, "tile patch d_vision"], layer: int
+    ) -> Float[Tensor, "tile image_token d_adapter"]:
+        """What comes of the residual stream that enters a layer (the number of layers: that leaves the last one)."""
+        x = self.layernorm_post(self.model(x, self.rotary_embedding(x.device), layer))
         x = self.final_norm(x)[:, :-1]
         x = self.shuffled(pixel_shuffled(x, self.config.pixel_shuffle_ratio))
         return self.adapter(self.vision_adapter(x))

@@ -1,7 +1,7 @@
 """Metrics: one number for each row of a batch, from the logits of the model.
 
-A metric is made without a model (`logit_diff(" Mary", " John")`); the prompt that it is evaluated on gives the ids of its
-tokens. Every call of llama4lab that takes a metric also takes any function of the logits.
+A metric is made without a model (`logit_diff(" Mary", " John")`); the prompt that it is evaluated on gives the ids of
+its tokens. Every call of llama4lab that takes a metric also takes any function of the logits.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ class BoundMetric:
     Attributes:
         name: What tables and plots call it.
         positions: The positions of the prompt whose logits it reads.
-        score: Logits `[n, position, vocab]` of n rows and the numbers `[n]` of these rows in the prompt -> `[n]` values.
+        score: Logits `[n, position, vocab]` of n rows and the numbers `[n]` of these rows in the prompt -> `[n]`.
         by_row: Whether the value of a row depends on that row alone, so that rows may come in any number and order.
     """
 

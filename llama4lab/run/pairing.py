@@ -41,7 +41,7 @@ class Pair:
         return self.clean if side == "clean" else self.corrupted
 
     def sources(self, into: Side) -> Int[Tensor, "row seq"]:
-        """For each row and position of the prompt that is patched, the position in the other one; `NOWHERE` for none."""
+        """For each row and position of the patched prompt, the position in the other one; `NOWHERE` for none."""
         if into == "corrupted":
             return self.mapping
         back = torch.full(self.clean.input_ids.shape, NOWHERE)
@@ -118,9 +118,9 @@ def _check_row(row: int, clean: Prompt, corrupted: Prompt) -> None:
     )
     if len(a) != len(b):
         raise ValueError(
-            f"Row {row} has {len(a)} tokens in the clean prompt and {len(b)} in the corrupted one; they part at position "
-            f"{first + where}: {_shown(clean, row, first + where)} against {_shown(corrupted, row, second + where)}.\n"
-            + advice
+            f"Row {row} has {len(a)} tokens in the clean prompt and {len(b)} in the corrupted one; they part at "
+            f"position {first + where}: {_shown(clean, row, first + where)} against "
+            f"{_shown(corrupted, row, second + where)}.\n" + advice
         )
     if first != second or clean.input_ids.shape != corrupted.input_ids.shape:
         raise ValueError(

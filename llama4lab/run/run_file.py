@@ -1,4 +1,4 @@
-"""A run as one safetensors file: the tensors, and in its metadata everything else as JSON."""
+"""A run (or a sweep) as one safetensors file: the tensors, and in its metadata everything else as JSON."""
 
 import json
 import os
@@ -17,20 +17,21 @@ from torch import Tensor
 from llama4lab.prompt.image_layout import ImageLayout
 from llama4lab.prompt.prompt import Prompt, Span
 
-FORMAT = "llama4lab.run/1"
+RUN = "llama4lab.run/1"
 
 
-def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], prompt: Prompt) -> None:
-    """Writes a run. The file appears under its name only when it is complete.
+def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], prompt: Prompt, kind: str = RUN) -> None:
+    """Writes a file, which appears under its name only when it is complete.
 
     Args:
         path: Where to.
         tensors: The recorded tensors.
         header: JSON-able facts about them.
         prompt: What was run.
+        kind: What the file says it is.
     """
     prompt_tensors, prompt_facts = _taken_apart(prompt)
-    metadata = {"format": FORMAT, "order": json.dumps(list(tensors)), "header": json.dumps(header)}
+    metadata = {"format": kind, "order": json.dumps(list(tensors)), "header": json.dumps(header)}
     metadata["prompt"] = json.dumps(prompt_facts)
     # Views share memory with what they were cut from; a file must hold each tensor once and whole.
     stored = {
@@ -46,23 +47,27 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], prompt
         raise
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Prompt]:
+def read(path: Path, kind: str = RUN) -> tuple[dict[str, Tensor], dict[str, Any], Prompt]:
     """Gives the tensors, the header and the prompt of a file that `write` made.
 
     Raises:
-        ValueError: if the file is not a run.
+        ValueError: if the file is something else.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if metadata.get("format") != kind:
                 found = metadata.get("format", "no format")
-                raise ValueError(f"{path} is not a run: its metadata says {found!r}, expected {FORMAT!r}.")
+                raise ValueError(f"{path} is not a {_noun(kind)}: its metadata says {found!r}, expected {kind!r}.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as problem:
-        raise ValueError(f"{path} is not a run: it is no complete safetensors file ({problem}).") from problem
+        raise ValueError(f"{path} is not a {_noun(kind)}: it is no complete safetensors file ({problem}).") from problem
     prompt = _put_together(tensors, json.loads(metadata["prompt"]))
     return {name: tensors[name] for name in json.loads(metadata["order"])}, json.loads(metadata["header"]), prompt
+
+
+def _noun(kind: str) -> str:
+    return kind.partition(".")[2].partition("/")[0]
 
 
 def _taken_apart(prompt: Prompt) -> tuple[dict[str, Tensor], dict[str, Any]]:
