@@ -20,6 +20,13 @@ def test_the_ten_line_example_runs(capsys):
     assert "prob_before" in capsys.readouterr().out
 
 
+def test_the_patching_example_runs():
+    names: dict = {}
+    exec(compile(block("python", 1), "README.md", "exec"), names)
+    plt.close("all")
+    assert names["sweep"].complete
+
+
 def test_ci_runs_the_very_commands_of_readme():
     script = (ROOT / ".ci" / "run").read_text()
     for number in (0, 1):

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -126,7 +127,8 @@ class SelfAttention(nn.Module):
         """The output projection; head by head where somebody looks at single heads."""
         if not self.head_out.watched:
             return self.o_proj(z.flatten(-2))
-        weight = rearrange(self.o_proj.weight, "d_model (head d_head) -> head d_head d_model", d_head=self.d_head)
-        parts = einsum(z, weight, "batch seq head d_head, head d_head d_model -> batch seq head d_model")
-        out = self.head_out(parts).sum(-2)
-        return out if self.o_proj.bias is None else out + self.o_proj.bias
+        with align_module_device(self.o_proj):  # an offloaded weight is on the meta device between calls
+            weight = rearrange(self.o_proj.weight, "d_model (head d_head) -> head d_head d_model", d_head=self.d_head)
+            parts = einsum(z, weight, "batch seq head d_head, head d_head d_model -> batch seq head d_model")
+            out = self.head_out(parts).sum(-2)
+            return out if self.o_proj.bias is None else out + self.o_proj.bias

@@ -1,7 +1,7 @@
 """Llama 4 as transformers models: thin shells around the modules of this folder, with transformers' parameter names."""
 
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -251,7 +251,8 @@ class HookedLlama4(HookedPreTrainedModel, GenerationMixin):
             return self.language_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **options)
         if input_ids is None:
             raise ValueError("mm_encoder_outputs needs input_ids, whose image patch tokens say where the vectors go.")
-        output = self.language_model(inputs_embeds=self.merged(input_ids, encoded.last_hidden_state), **options)
+        vectors = cast(Tensor, encoded.last_hidden_state)
+        output = self.language_model(inputs_embeds=self.merged(input_ids, vectors), **options)
         output.image_hidden_states = encoded.last_hidden_state
         return output
 

@@ -81,7 +81,7 @@ def _patch(
     plan: SweepPlan, name: str, kept: Tensor, source: Run | None, routes: Mapping[str, Tensor]
 ) -> Callable[[Tensor], Tensor]:
     entries: Substitution = plan.substitutions[name].only(kept)
-    places = shape_of(plan.model, plan.base, name)[place_axis(entries.shape.split())]
+    places = shape_of(plan.model, plan.base, name, entries.shape)[place_axis(entries.shape.split())]
     router, their_routes = _router(name), None
     if name in plan.constants:
         tokens = plan.constants[name]

@@ -22,11 +22,18 @@ def recorded_nbytes(model: HookedPreTrainedModel, prompt: Prompt, at: Selector) 
     """
     points = model.hook_points()
     names = {*selected(points, at), "logits"}
-    return sum(prod(shape(model, prompt, name)) * _itemsize(model, name) for name in names)
+    return sum(prod(shape(model, prompt, name, points[name])) * _itemsize(model, name) for name in names)
 
 
-def shape(model: HookedPreTrainedModel, prompt: Prompt, name: str) -> tuple[int, ...]:
-    """The shape of a hook point's tensor when the model runs a prompt."""
+def shape(model: HookedPreTrainedModel, prompt: Prompt, name: str, words: str | None = None) -> tuple[int, ...]:
+    """The shape of a hook point's tensor when the model runs a prompt.
+
+    Args:
+        model: The model.
+        prompt: The prompt.
+        name: The hook point.
+        words: Its shape in words, where the caller has it at hand: to look for it takes longer than all the rest.
+    """
     vision: VisionModel | None = model.vision
     config, parts = text_part(model.config), name.split(".")
     batch, seq = prompt.input_ids.shape
@@ -46,7 +53,7 @@ def shape(model: HookedPreTrainedModel, prompt: Prompt, name: str) -> tuple[int,
     }
     if vision is not None and (parts[0] == "vision_model" or name == "image_features"):
         sizes |= _vision_sizes(vision.config, prompt, with_class="patch_embed" not in parts)
-    return tuple(sizes[word] for word in model.hook_points()[name].split())
+    return tuple(sizes[word] for word in (words or model.hook_points()[name]).split())
 
 
 def _vision_sizes(config, prompt: Prompt, *, with_class: bool) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 Value = int | str | tuple[int, ...]
 Over = Sequence[str] | Mapping[str, Iterable[Value] | None]
@@ -145,7 +146,7 @@ def _values(
         possible = sorted({i for name, word in words.items() if word is not None for i in sizes[name][word]})
     if chosen is None:
         return possible
-    wanted = [tuple(value) if isinstance(value, list) else value for value in chosen]
+    wanted: list[Any] = [tuple(value) if isinstance(value, list) else value for value in chosen]
     for value in wanted:
         parts = value if isinstance(value, tuple) else (value,)
         wrong = [part for part in parts if part not in possible]

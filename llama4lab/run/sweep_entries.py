@@ -65,7 +65,7 @@ def _same_pictures(pair: Pair) -> np.ndarray:
 def axis_sizes(model: HookedPreTrainedModel, base: Prompt, name: str, shape: str) -> dict[str, list[int]]:
     """The indices that may be chosen on each axis of a hook point."""
     mask = base.attention_mask.cpu().numpy().astype(bool)
-    counts = dict(zip(shape.split(), shape_of(model, base, name), strict=True))
+    counts = dict(zip(shape.split(), shape_of(model, base, name, shape), strict=True))
     sizes = {word: list(range(count)) for word, count in counts.items()}
     if name.endswith(BY_EXPERT):
         sizes["expert"] = list(range(model.text.config.num_local_experts))
@@ -113,7 +113,7 @@ class Entries:
     def source_at(self, entries: Substitution, *, constant: bool) -> Tensor:
         """For each entry the token of the source run, or of the constants."""
         if is_vision(entries.name):
-            places = shape_of(self.model, self.base, entries.name)[place_axis(entries.shape.split())]
+            places = shape_of(self.model, self.base, entries.name, entries.shape)[place_axis(entries.shape.split())]
             return entries.lead * places + entries.place
         if constant:
             return entries.lead * self.sources.shape[1] + entries.place
@@ -142,7 +142,7 @@ class Entries:
         tiles = self.tiles(row)
         wanted = [tiles[i] for i in target.index.get("tile", range(len(tiles))) if i < len(tiles)]
         wanted = [tile for tile in wanted if not (len(self.same_tiles) and self.same_tiles[tile])]
-        count = shape_of(self.model, self.base, name)[place_axis(words)]
+        count = shape_of(self.model, self.base, name, shape)[place_axis(words)]
         patches = np.array(target.index.get(word, range(count)))
         lead, place = np.meshgrid(np.array(wanted, dtype=np.int64), patches, indexing="ij")
         return lead.ravel(), place.ravel()

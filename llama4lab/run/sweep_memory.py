@@ -1,6 +1,7 @@
 """How many cells of a sweep fit into memory at once."""
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from jaxtyping import Int
@@ -8,10 +9,13 @@ from torch import nn
 
 from llama4lab.model.config_parts import text_part
 from llama4lab.run.size import free_nbytes
+from llama4lab.run.size import shape as shape_of
+from llama4lab.run.sweep_axes import layer_of
 from llama4lab.run.sweep_engine.engine import Batches, Engine
+from llama4lab.run.sweep_engine.vision_pass import is_vision
 from llama4lab.run.sweep_plan import SweepPlan
 
-MOST_TOKENS = 8192  # beyond this a call of a layer gains no speed
+MOST_TOKENS, MOST_LOGITS, MOST_TILES = 8192, 4096, 64  # beyond these a call gains no speed
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -39,6 +43,7 @@ class Needs:
         fixed: The two runs themselves, their logits at the positions of the metric, and values that are put in.
         waiting: A token between two layers.
         working: A token inside a layer, on top.
+        unit: A cell in one row while its attention is computed: the keys and values that it continues, its patterns.
         logit: A position in the head.
         tile: A tile in the vision tower.
     """
@@ -46,6 +51,7 @@ class Needs:
     fixed: int
     waiting: int
     working: int
+    unit: int
     logit: int
     tile: int
 
@@ -56,23 +62,34 @@ def needs(plan: SweepPlan) -> Needs:
     d_model, length = config.hidden_size, plan.base.input_ids.shape[1]
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    d_ff = max(config.intermediate_size, config.intermediate_size_mlp)
-    # Inputs, norms and outputs of both halves; queries before and after RoPE (in float32) and their sums; neurons.
-    working = size * (8 * d_model + 4 * queries + 6 * d_ff) + 4 * 2 * queries
-    working += length * (4 * keys * size + 1)  # the keys and values that each continues, and a mask
+    slots = config.num_experts_per_tok
+    d_ff = max(slots * config.intermediate_size, config.intermediate_size, config.intermediate_size_mlp)
+    attention = 4 * size * d_model + 4 * (6 * queries + 4 * keys)  # RoPE and norms are computed in float32
+    working = max(attention, size * ((6 + 4 * slots) * d_model + 4 * d_ff)) + _patched_nbytes(plan)
+    unit = length * (4 * keys * size + 8)
     if any(name.endswith((".scores", ".pattern")) for name in plan.substitutions):
-        working += 12 * config.num_attention_heads * length
-    per_entry = max((entries.unit.numel() for entries in plan.substitutions.values()), default=0) * 64
-    pair = 2 * plan.base.input_ids.numel()
-    logit = 12 * config.vocab_size
-    fixed = pair * (working + 4 * size * d_model) + 2 * len(plan.base) * len(plan.metrics[0].positions) * logit
-    fixed += per_entry + sum(tensor.nbytes for tensor in plan.constants.values() if tensor.is_contiguous())
+        unit += 16 * config.num_attention_heads * length**2
+    waiting, logit = 4 * size * d_model + 64, 16 * config.vocab_size
+    entries = sum(entries.unit.numel() for entries in plan.substitutions.values())
+    fixed = 2 * plan.base.input_ids.numel() * (working + waiting) + 2 * len(plan.base) * unit
+    fixed += 2 * len(plan.base) * len(plan.metrics[0].positions) * logit + 128 * entries
+    fixed += sum(tensor.nbytes for tensor in plan.constants.values())
     tile = 0
     if plan.model.vision is not None and plan.base.pixel_values is not None:
         vision = plan.model.vision.config
         patches = plan.model.vision.positional_embedding_vlm.shape[0]
         tile = patches * size * (8 * vision.hidden_size + 2 * vision.intermediate_size)
-    return Needs(fixed, 4 * size * d_model, working, logit, tile)
+    return Needs(fixed, waiting, working, unit, logit, tile)
+
+
+def _patched_nbytes(plan: SweepPlan) -> int:
+    """What the tensors of the patched hook points of one text layer add to a token: old, new, and what is put in."""
+    layers: dict[int | None, int] = {}
+    for name, entries in plan.substitutions.items():
+        if not is_vision(name) and not name.endswith((".scores", ".pattern")):
+            sizes = shape_of(plan.model, plan.base, name, entries.shape)[2:]
+            layers[layer_of(name)] = layers.get(layer_of(name), 0) + 3 * plan.model.dtype.itemsize * prod(sizes)
+    return max(layers.values(), default=0)
 
 
 def batches(plan: SweepPlan, memory: int | None, engine: Engine) -> tuple[Batches, int]:
@@ -84,18 +101,22 @@ def batches(plan: SweepPlan, memory: int | None, engine: Engine) -> tuple[Batche
     need, positions = needs(plan), len(plan.metrics[0].positions)
     budget = free_nbytes(plan.model.device) // 2 if memory is None else memory
     cell = int(max(engine.tokens(np.arange(len(plan.cells))), default=0))
-    least = need.fixed + cell * (need.waiting + need.working) + plan.num_rows * positions * need.logit + need.tile
+    inside = max(cell * need.working, plan.num_rows * positions * need.logit, need.tile) + need.unit
+    least = need.fixed + cell * need.waiting + inside
     if least > budget:
         raise MemoryError(
-            f"The sweep takes at least {least / 2**20:.0f} MiB, one cell at a time; the budget is {budget / 2**20:.0f} "
+            f"The sweep takes at least {least / 2**20:.1f} MiB, one cell at a time; the budget is {budget / 2**20:.1f} "
             f"MiB.\nRaise memory=, take fewer rows, or a metric that reads fewer than {positions} positions."
         )
-    free = budget - need.fixed
+    # Layer, attention and head are never at work together: half is for them, half for the cells that wait.
+    # A tenth is left to the allocator.
+    half = max(int(0.9 * budget) - need.fixed, 0) // 2
     most = MOST_TOKENS if not offloaded(plan.model) else 2**30
-    tokens = max(min(int(0.4 * free / need.working), most), cell, 1)
-    rows = max(int(0.2 * free / need.logit), plan.num_rows * positions)
-    tiles = max(int(0.2 * free / need.tile), 1) if need.tile else 1
-    return Batches(tokens, min(rows, 4096), min(tiles, 64)), max(int(0.4 * free / need.waiting), cell)
+    tokens = max(min(int(0.7 * half / need.working), most), cell, 1)
+    units = max(int(0.3 * half / need.unit), 1)
+    rows = max(min(half // need.logit, MOST_LOGITS), plan.num_rows * positions)
+    tiles = max(min(half // need.tile, MOST_TILES), 1) if need.tile else 1
+    return Batches(tokens, units, rows, tiles), max(half // need.waiting, cell)
 
 
 def waves(tokens: Int[np.ndarray, " cell"], most_tokens: int, most_cells: int) -> list[slice]:

@@ -152,7 +152,7 @@ def _check_values(values: Values, names: list[str], shapes: Mapping[str, str], p
 
 def _constant(model: HookedPreTrainedModel, base: Prompt, entries: Substitution, value: Tensor) -> Tensor:
     """A given value at every token of the base run; where cells are experts, of what an expert adds, without slots."""
-    full, words = shape_of(model, base, entries.name), entries.shape.split()
+    full, words = shape_of(model, base, entries.name, entries.shape), entries.shape.split()
     if entries.expert is not None:
         full = tuple(size for size, word in zip(full, words, strict=True) if word != "slot")
         words = [word for word in words if word != "slot"]

@@ -4,6 +4,28 @@ Every function draws into `ax`, or into a figure of its own, and gives the Axes 
 global setting.
 """
 
-from llama4lab.viz import attention, logits, routing, vision
+from llama4lab.viz import (
+    attention,
+    circuits,
+    heads,
+    logit_attribution,
+    logit_lens,
+    logits,
+    patching,
+    route_content,
+    routing,
+    vision,
+)
 
-__all__ = ["attention", "logits", "routing", "vision"]
+__all__ = [
+    "attention",
+    "circuits",
+    "heads",
+    "logit_attribution",
+    "logit_lens",
+    "logits",
+    "patching",
+    "route_content",
+    "routing",
+    "vision",
+]

@@ -1,7 +1,9 @@
 """Sweeps over images, unlike prompts, small memories, interruptions and bad input."""
 
 import random
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -44,8 +46,10 @@ VISION = {
     "patterns": ("vision_model.layers.*.self_attn.pattern", ["layer", "head", "patch"]),
     "neurons": ("vision_model.layers.*.mlp.hidden", ["layer", "neuron"]),
     "the way to the text": (
-        ["vision_model.patch_embed", "vision_model.embed", "vision_model.final_norm", "vision_model.shuffled"]
-        + ["vision_model.adapter", "image_features", "embed", "embed_merged"],
+        [
+            *("vision_model.patch_embed", "vision_model.embed", "vision_model.final_norm", "vision_model.shuffled"),
+            *("vision_model.adapter", "image_features", "embed", "embed_merged"),
+        ],
         ["hook_point"],
     ),
     "image tokens": (["vision_model.shuffled", "image_features"], ["hook_point", "image_token"]),
@@ -73,7 +77,7 @@ def test_the_whole_image_restores_the_answer(tiny, pictures):
         tiny, *pictures, at="image_features", over=["hook_point"], progress=False,
         metric=lab.metrics.logit_diff(" red", " blue"),
     )  # fmt: skip
-    assert abs(result.table["normalised"][0] - 1) < 1e-4
+    assert abs(float(result.tensor()[0]) - 1) < 1e-4
 
 
 def test_prompts_of_unlike_length_are_refused_or_aligned(tiny):
@@ -123,13 +127,13 @@ def test_without_a_corrupted_prompt_a_sweep_ablates(tiny):
     )  # fmt: skip
     table = result.table
     assert result.into == "clean"
-    assert table["corrupted"].isna().all()
-    assert table["normalised"].isna().all()
+    assert np.isnan(table["corrupted"].to_numpy()).all()
+    assert result.tensor().isnan().all()
     used = lab.tables.routing.decisions(lab.record(tiny, CLEAN, at="layers.*.feed_forward.router.*"))
     chosen = set(zip(used["layer"], used["expert"], strict=True))
-    for line in table.itertuples():
-        if (line.layer, line.expert) not in chosen:
-            assert abs(line.effect) < 1e-4  # pyright: ignore
+    for layer, expert, effect in table[["layer", "expert", "effect"]].to_numpy():
+        if (layer, expert) not in chosen:
+            assert abs(effect) < 1e-4
 
 
 def test_a_tuple_of_values_is_patched_as_one(tiny):
@@ -231,7 +235,7 @@ def test_an_offloaded_model_gives_the_same_and_reads_each_weight_once(tiny):
     cpu_offload(model, torch.device("cpu"))
     reads = dict.fromkeys(range(8), 0)
     for number, layer in enumerate(model.text.layers):
-        hook = layer.self_attn.q_proj._hf_hook
+        hook: Any = layer.self_attn.q_proj._hf_hook
         before = hook.pre_forward
 
         def counted(module, *args, number=number, before=before, **kwargs):

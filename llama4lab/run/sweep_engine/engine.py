@@ -30,11 +30,13 @@ class Batches:
 
     Attributes:
         tokens: The most tokens of one call of a layer.
+        units: The most units whose attention is computed together.
         logits: The most logits of one call of the head, in rows of the vocabulary.
         tiles: The most tiles in the vision tower.
     """
 
     tokens: int = 8192
+    units: int = 8192
     logits: int = 4096
     tiles: int = 64
 
@@ -62,7 +64,7 @@ class Engine:
     """Runs cells of one plan."""
 
     def __init__(self, plan: SweepPlan, batches: Batches = Batches()):
-        self.plan, self.batches = plan, batches
+        self.plan, self.batches, self.points = plan, batches, plan.model.hook_points()
         self.vision: VisionPass | None = None
         if plan.base.pixel_values is not None:
             own = {name: entries for name, entries in plan.substitutions.items() if is_vision(name)}
@@ -107,7 +109,7 @@ class Engine:
         with listening(plan.model, values.listeners(inside)):
             passed = text_pass(
                 *(plan.model.text, self.pair, self.units, chosen, values, self._entering, embedded),
-                *(self.batches.tokens, done),
+                *((self.batches.tokens, self.batches.units), done),
             )
             names = self._entering(len(plan.model.text.layers))
             passed = Passed(entered(passed.x, names, values, passed.packing), passed.packing)
@@ -148,7 +150,7 @@ class Engine:
         plan = self.plan
         own = {name: entries for name, entries in plan.substitutions.items() if not is_vision(name)}
         source = slice(self.pair.base.size, self.pair.size)
-        return PassValues(plan.model.hook_points(), own, plan.values, plan.source_at, source, plan.constants)
+        return PassValues(self.points, own, plan.values, plan.source_at, source, plan.constants)
 
     def _entering_layer(self, name: str) -> int | None:
         """The layer that a hook point's tensor enters, for those between two layers."""

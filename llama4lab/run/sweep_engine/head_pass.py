@@ -124,7 +124,7 @@ class HeadPass:
         text, head = self.model.text, cast(Any, self.model).get_output_embeddings()
         x = self.passed.x[:, index.to(self.passed.x.device)]
         x = text.final_norm(text.norm(x))
-        return self.model.hook_points().module("logits")(head(x))[0]
+        return self.values.points.module("logits")(head(x))[0]
 
 
 def in_batches(chosen: Int[np.ndarray, " unit"], num_rows: int, most: int) -> Iterator[Int[np.ndarray, " unit"]]:

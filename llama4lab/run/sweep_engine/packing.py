@@ -32,9 +32,9 @@ class Block:
         """How many of them attend."""
         return self.end - self.asked_first
 
-    def split(self, most: int) -> Iterator["Block"]:
-        """Pieces of at most so many tokens, but at least one unit."""
-        step = max(most // self.length, 1)
+    def split(self, tokens: int, units: int) -> Iterator["Block"]:
+        """Pieces of at most so many tokens and units, but at least one unit."""
+        step = max(min(tokens // self.length, units), 1)
         for i in range(0, len(self.units), step):
             places = slice(i, i + step)
             yield Block(self.units[places], self.rows[places], self.first, self.end, self.asked_first)

@@ -53,7 +53,7 @@ def text_pass(
     values: PassValues,
     entering: Callable[[int], list[str]],
     embedded: Callable[[Tensor, Packing], Tensor],
-    most: int,
+    most: tuple[int, int],
     done: Callable[[], None],
 ) -> Passed:
     """Runs all layers.
@@ -66,7 +66,7 @@ def text_pass(
         values: What hook points do; its listeners must be set.
         entering: Layer -> hook points whose tensor is the residual stream that enters it.
         embedded: Puts other image features into the residual stream of the first layer.
-        most: The most tokens of one call of a layer.
+        most: The most tokens of one call of a layer, and the most units whose attention is computed together.
         done: Called after every layer.
     """
     x, positions = pair.x, pair.positions
@@ -131,7 +131,7 @@ def _layer(
     packed: Packing,
     pair: PairRows,
     values: PassValues,
-    most: int,
+    most: tuple[int, int],
 ) -> Float[Tensor, "1 asking d_model"]:
     """One layer, in calls of bounded size."""
     trunk, outputs = Trunk(), []
@@ -152,14 +152,14 @@ def _layer(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _calls(packed: Packing, most: int) -> Iterator[tuple[slice, slice, list[Block]]]:
+def _calls(packed: Packing, most: tuple[int, int]) -> Iterator[tuple[slice, slice, list[Block]]]:
     """The blocks in groups of at most so many tokens: their tokens, those that attend, the blocks."""
     group: list[Block] = []
     start, asked_start, token, asked = 0, 0, packed.offset, packed.offset
     for whole in packed.blocks:
-        for block in whole.split(most):
+        for block in whole.split(*most):
             size, asking = len(block.units) * block.length, len(block.units) * block.asking
-            if token > start and token - start + size > most and (group or start == 0):
+            if token > start and token - start + size > most[0] and (group or start == 0):
                 yield slice(start, token), slice(asked_start, asked), group
                 group, start, asked_start = [], token, asked
             group.append(block)

@@ -1,0 +1,273 @@
+// A matrix of coloured cells on a canvas: hover, click, arrow keys. The traits are those of widgets/grid.py.
+// Only what is in view is drawn; the labels stay in view while a large grid scrolls.
+
+const FONT = "11px system-ui, sans-serif";
+const LINE = 12; // pixels for one line of text
+const [SIDE, BELOW] = [150, 90]; // pixels for the longest row and column label
+const VIEW = 520; // pixels of cells that are seen at once, downwards
+
+const bytes = (view) => (view ? new Uint8Array(view.buffer, view.byteOffset, view.byteLength) : new Uint8Array());
+const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
+const make = (tag, name, parent, text = "") => {
+  const node = document.createElement(tag);
+  node.className = name;
+  node.textContent = text; // never as HTML: labels hold tokens, and tokens hold anything
+  parent.append(node);
+  return node;
+};
+
+function render({ model, el }) {
+  const root = make("div", "l4-root", el);
+  const scroll = make("div", "l4-scroll", root);
+  const space = make("div", "", scroll); // as large as all cells, so that there is something to scroll
+  const canvas = make("canvas", "", space);
+  const legend = make("div", "l4-legend", root);
+  const said = make("div", "l4-said", root); // what a screen reader says
+  const tip = make("div", "l4-tip", root);
+  const paint = canvas.getContext("2d");
+  const image = document.createElement("canvas"); // one pixel a cell
+  let [data, at, hovered, seenWidth] = [null, null, null, 0];
+  tip.popover = "manual"; // the top layer, where no output area cuts it off
+  said.ariaLive = "polite";
+  Object.assign(canvas, { tabIndex: 0, role: "application" });
+  canvas.dataset.lmSuppressShortcuts = "true"; // arrow keys move the selection here, not the notebook's
+
+  function read() {
+    const names = ["names", "rows", "columns", "texts", "notes", "titles", "limits", "ticks", "upward", "shape"];
+    data = Object.fromEntries(names.map((name) => [name, model.get(name)]));
+    for (const name of ["cells", "palette"]) data[name] = bytes(model.get(name));
+    const numbers = bytes(model.get("numbers")).slice();
+    data.numbers = numbers.length ? new Float32Array(numbers.buffer) : null;
+    [data.height, data.width] = data.shape;
+    const [row, column, title] = data.titles;
+    canvas.ariaLabel = `${title}: ${data.height} ${row} by ${data.width} ${column}; arrow keys select a cell`;
+    drawLegend();
+    draw();
+  }
+
+  // Cells take the room there is, but are large enough to be pointed at; whole device pixels keep edges sharp.
+  function layout() {
+    paint.font = FONT;
+    const longest = (texts, most) => Math.min(most, Math.max(0, ...texts.slice(0, 4000).map((t) => paint.measureText(t).width)));
+    const ratio = window.devicePixelRatio || 1;
+    const whole = (x) => Math.max(1, Math.floor(x * ratio)) / ratio;
+    const left = 24 + longest(data.rows, SIDE);
+    const room = Math.max(120, (root.clientWidth || 640) - left - 20);
+    const written = data.texts.length > 0;
+    const w = whole(written ? longest(data.texts, 80) + 8 : clamp(room / data.width, 5, 34));
+    const h = whole(written ? 20 : clamp(VIEW / data.height, 5, 22));
+    const label = longest(data.columns, BELOW);
+    const flat = label + 6 <= w || label < 2 * LINE; // numbers lie, words stand
+    const seen = [Math.min(room, w * data.width), Math.min(VIEW, h * data.height)];
+    return { ratio, left, w, h, label, flat, top: 4, below: 24 + (flat ? LINE : label), seen };
+  }
+
+  const line = (row) => (data.upward ? data.height - 1 - row : row); // lines count from the top
+  const box = (row, column) => [at.left + column * at.w - at.x, at.top + line(row) * at.h - at.y];
+
+  function draw() {
+    if (!data) return;
+    at = layout();
+    const { ratio, left, top, w, h, seen } = at;
+    const size = [left + seen[0] + 4, top + seen[1] + at.below];
+    const hidden = [w * data.width - seen[0], h * data.height - seen[1]];
+    const bars = hidden.map((x) => (x > 0 ? 17 : 0)); // room for the scroll bars, which some systems lay over the page
+    Object.assign(scroll.style, { width: `${size[0] + bars[1]}px`, height: `${size[1] + bars[0]}px` });
+    const inner = [scroll.clientWidth, scroll.clientHeight].map((x, i) => (hidden[i] > 0 ? x : size[i]) + hidden[i]);
+    Object.assign(space.style, { width: `${inner[0]}px`, height: `${inner[1]}px` }); // so that the end can be reached
+    const [wide, high] = size.map((x) => Math.round(x * ratio));
+    if (canvas.width !== wide || canvas.height !== high) Object.assign(canvas, { width: wide, height: high });
+    Object.assign(canvas.style, { width: `${size[0]}px`, height: `${size[1]}px` });
+    Object.assign(at, { ink: getComputedStyle(root).color, x: scroll.scrollLeft, y: scroll.scrollTop });
+    at.lines = [Math.floor(at.y / h), Math.min(data.height, Math.ceil((at.y + seen[1]) / h))];
+    at.columns = [Math.floor(at.x / w), Math.min(data.width, Math.ceil((at.x + seen[0]) / w))];
+    paint.setTransform(ratio, 0, 0, ratio, 0, 0);
+    paint.clearRect(0, 0, ...size);
+    paint.save();
+    paint.beginPath();
+    paint.rect(left - 1, top - 1, seen[0] + 2, seen[1] + 2);
+    paint.clip();
+    drawCells();
+    if (hovered) outline(hovered, 1);
+    if (model.get("selected").length) outline(model.get("selected"), 2);
+    paint.restore();
+    drawLabels();
+    canvas.dataset.layout = JSON.stringify({ left, top, w, h, x: at.x, y: at.y, rows: data.height, up: data.upward });
+    canvas.dataset.selected = model.get("selected").join();
+    canvas.dataset.v = model.get("version");
+  }
+
+  function drawCells() {
+    const [[y0, y1], [x0, x1]] = [at.lines, at.columns];
+    Object.assign(paint, { fillStyle: at.ink, globalAlpha: 0.16 }); // cells without a value stay grey
+    paint.fillRect(at.left, at.top, ...at.seen);
+    paint.globalAlpha = 1;
+    if (y1 <= y0 || x1 <= x0) return;
+    Object.assign(image, { width: x1 - x0, height: y1 - y0 });
+    const picture = new ImageData(x1 - x0, y1 - y0);
+    for (let y = y0, i = 0; y < y1; y++)
+      for (let x = x0; x < x1; x++, i += 4) {
+        const level = data.cells[line(y) * data.width + x];
+        if (level < 255) picture.data.set([...data.palette.subarray(3 * level, 3 * level + 3), 255], i);
+      }
+    image.getContext("2d").putImageData(picture, 0, 0);
+    paint.imageSmoothingEnabled = false;
+    paint.drawImage(image, ...box(line(y0), x0), (x1 - x0) * at.w, (y1 - y0) * at.h);
+    Object.assign(paint, { strokeStyle: "#808080", lineWidth: 1, globalAlpha: 0.18 });
+    const apart = at.w >= 12 && at.h >= 12; // thin lines between large cells, so that equal neighbours are two
+    for (let x = apart ? x0 + 1 : x1; x < x1; x++) paint.strokeRect(box(0, x)[0], at.top, 0, at.seen[1]);
+    for (let y = apart ? y0 + 1 : y1; y < y1; y++) paint.strokeRect(at.left, box(line(y), 0)[1], at.seen[0], 0);
+    Object.assign(paint, { strokeStyle: at.ink, globalAlpha: 0.4 });
+    paint.strokeRect(at.left - 0.5, at.top - 0.5, at.seen[0] + 1, at.seen[1] + 1);
+    paint.globalAlpha = 1;
+    if (data.texts.length) for (let y = y0; y < y1; y++) for (let x = x0; x < x1; x++) drawText(line(y), x);
+  }
+
+  function drawText(row, column) {
+    const cell = row * data.width + column;
+    const level = data.cells[cell];
+    const [r, g, b] = [0, 1, 2].map((c) => (data.palette[3 * level + c] / 255) ** 2.2);
+    const ink = 0.2126 * r + 0.7152 * g + 0.0722 * b < 0.3 ? "#fff" : "#222";
+    Object.assign(paint, { textAlign: "center", textBaseline: "middle", fillStyle: level < 255 ? ink : at.ink });
+    const [x, y] = box(row, column);
+    paint.fillText(short(data.texts[cell], at.w - 4), x + at.w / 2, y + at.h / 2);
+  }
+
+  function outline([row, column], width) {
+    const [x, y] = box(row, column);
+    for (const [strokeStyle, lineWidth] of [["#fff", width + 2], ["#111", width]]) {
+      Object.assign(paint, { strokeStyle, lineWidth });
+      paint.strokeRect(x + 0.5, y + 0.5, at.w - 1, at.h - 1);
+    }
+  }
+
+  function short(text, room) {
+    const { width } = paint.measureText(text);
+    return width <= room ? text : `${text.slice(0, Math.max(1, Math.floor((text.length * room) / width) - 1))}…`;
+  }
+
+  function drawLabels() {
+    const { left, top, w, h, flat, seen } = at;
+    Object.assign(paint, { fillStyle: at.ink, textBaseline: "middle", textAlign: "right" });
+    const down = Math.ceil(LINE / h); // every how many rows has a label, so that none touch
+    for (let y = at.lines[0]; y < at.lines[1]; y++) {
+      const middle = top + (y + 0.5) * h - at.y;
+      if (line(y) % down === 0 && middle > top && middle < top + seen[1]) paint.fillText(short(data.rows[line(y)], SIDE), left - 6, middle);
+    }
+    const along = Math.ceil((flat ? at.label + 6 : LINE) / w);
+    for (let x = at.columns[0]; x < at.columns[1]; x++) {
+      const middle = left + (x + 0.5) * w - at.x;
+      if (x % along || middle < left || middle > left + seen[0]) continue;
+      paint.save();
+      paint.translate(middle, top + seen[1] + 5);
+      if (flat) Object.assign(paint, { textAlign: "center", textBaseline: "top" });
+      else paint.rotate(-Math.PI / 2);
+      paint.fillText(short(data.columns[x], BELOW), 0, 0);
+      paint.restore();
+    }
+    Object.assign(paint, { textAlign: "center", textBaseline: "bottom", globalAlpha: 0.7 });
+    paint.fillText(data.titles[1], left + seen[0] / 2, top + seen[1] + at.below);
+    paint.translate(14, top + seen[1] / 2);
+    paint.rotate(-Math.PI / 2);
+    paint.fillText(data.titles[0], 0, 0);
+    paint.globalAlpha = 1;
+  }
+
+  const color = (level) => `rgb(${data.palette.subarray(3 * level, 3 * level + 3).join()})`;
+
+  function drawLegend() {
+    legend.replaceChildren();
+    make("span", "", legend, data.titles[2]);
+    data.names.forEach((name, level) => {
+      const item = make("span", "", legend);
+      make("i", "l4-swatch", item).style.background = color(level);
+      item.append(name);
+    });
+    if (data.names.length) return;
+    const scale = make("div", "l4-scale", legend);
+    const stops = Array.from({ length: 17 }, (_, i) => color(Math.round((i * 254) / 16)));
+    make("div", "l4-bar", scale).style.background = `linear-gradient(to right, ${stops.join()})`;
+    const ticks = make("div", "l4-ticks", scale);
+    for (const [place, text] of data.ticks) make("span", "", ticks, text).style.left = `${100 * place}%`;
+  }
+
+  function described([row, column]) {
+    const cell = row * data.width + column;
+    const level = data.cells[cell];
+    const [low, high] = data.limits;
+    const number = data.numbers ? data.numbers[cell] : low + (level / 254) * (high - low);
+    const exactly = `${data.numbers ? "" : "about "}${Number(number.toPrecision(4))}`;
+    const value = level === 255 ? "no value" : data.names.length ? data.names[level] : exactly;
+    const [rowTitle, columnTitle, title] = data.titles;
+    const places = [`${rowTitle} ${data.rows[row]}`, `${columnTitle} ${data.columns[column]}`];
+    return [...places, data.texts[cell], `${title.split("\n")[0]}: ${value}`, data.notes[cell]].filter(Boolean).join("\n");
+  }
+
+  function cellAt(event) {
+    const edge = canvas.getBoundingClientRect();
+    const [x, y] = [event.clientX - edge.left - at.left, event.clientY - edge.top - at.top];
+    if (x < 0 || y < 0 || x >= at.seen[0] || y >= at.seen[1]) return null;
+    return [line(Math.floor((y + at.y) / at.h)), Math.floor((x + at.x) / at.w)];
+  }
+
+  function point(cell, event) {
+    if (String(cell) !== String(hovered)) {
+      hovered = cell;
+      draw();
+      tip.togglePopover(cell !== null);
+      if (cell) tip.textContent = described(cell);
+    }
+    if (!cell) return;
+    const { width, height } = tip.getBoundingClientRect();
+    const left = event.clientX + 14 + width < window.innerWidth ? event.clientX + 14 : event.clientX - 14 - width;
+    Object.assign(tip.style, { left: `${Math.max(0, left)}px`, top: `${Math.min(event.clientY + 16, window.innerHeight - height)}px` });
+  }
+
+  function select(cell) {
+    model.set("selected", cell);
+    model.save_changes();
+  }
+
+  function press(event) {
+    const up = data.upward ? 1 : -1;
+    const steps = { ArrowUp: [up, 0], ArrowDown: [-up, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+    const [row, column] = model.get("selected");
+    if (event.key === "Escape") select([]);
+    if (!(event.key in steps)) return;
+    event.preventDefault();
+    const [down, along] = steps[event.key];
+    const cell = row === undefined ? [line(0), 0] : [clamp(row + down, 0, data.height - 1), clamp(column + along, 0, data.width - 1)];
+    const [x, y] = box(...cell);
+    scroll.scrollLeft += Math.min(0, x - at.left) + Math.max(0, x + at.w - at.left - at.seen[0]);
+    scroll.scrollTop += Math.min(0, y - at.top) + Math.max(0, y + at.h - at.top - at.seen[1]);
+    said.textContent = described(cell);
+    select(cell);
+  }
+
+  canvas.addEventListener("pointermove", (event) => point(cellAt(event), event));
+  canvas.addEventListener("pointerleave", () => point(null));
+  canvas.addEventListener("click", (event) => cellAt(event) && select(cellAt(event)));
+  canvas.addEventListener("keydown", press);
+  scroll.addEventListener("scroll", () => (point(null), draw()));
+  const resized = new ResizeObserver(() => {
+    if (root.clientWidth !== seenWidth) requestAnimationFrame(draw);
+    seenWidth = root.clientWidth;
+  });
+  resized.observe(root);
+  const themed = new MutationObserver(draw); // JupyterLab and VS Code name their theme on the body
+  themed.observe(document.body, { attributes: true });
+  const scheme = window.matchMedia("(prefers-color-scheme: dark)");
+  scheme.addEventListener("change", draw);
+  model.on("change:version", read);
+  model.on("change:selected", draw);
+  read();
+  return () => {
+    resized.disconnect();
+    themed.disconnect();
+    scheme.removeEventListener("change", draw);
+    model.off("change:version", read);
+    model.off("change:selected", draw);
+  };
+}
+
+export default { render };
