@@ -10,6 +10,7 @@ from llama4lab.run.tuned_lens import TunedLens
 from llama4lab.tables import logit_lens as tables
 from llama4lab.viz import logit_lens
 from llama4lab.widgets.logits import HINT, LogitLens
+from llama4lab.widgets.token_text import visible
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 POST = "layers.*.resid_post"
@@ -17,7 +18,9 @@ POST = "layers.*.resid_post"
 
 @pytest.fixture(scope="module")
 def model() -> lab.HookedLlama4:
-    return lab.load()
+    loaded = lab.load()
+    assert isinstance(loaded, lab.HookedLlama4)
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def test_the_grid_shows_the_best_token_of_each_place(model, run):
     assert np.allclose(numbers(view), table["prob"].to_numpy().reshape(8, -1), atol=1e-6)
     assert view.grid.rows == [str(layer) for layer in range(8)]
     assert view.grid.columns[:3] == ["<|begin_of_… 0", "When 1", "·Mary 2"]
-    assert view.grid.texts == [token.replace(" ", "·").replace("\n", "↵")[:12] for token in table["token"]]
+    assert view.grid.texts == [visible(token, 12) for token in table["token"]]
     assert view.grid.titles[2] == "probability of the best token\nlogit lens"
 
 
