@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -35,9 +36,8 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig, PreTrainedTokenize
 import llama4lab as lab
 from llama4lab.model.llama4 import HookedLlama4ForCausalLM
 
-LAYERS, LENGTH, HEADS, D_HEAD, VOCAB = 8, 32, 8, 32, 1024
+LAYERS, LENGTH, HEADS, D_HEAD, VOCAB, RIGHT, WRONG = 8, 32, 8, 32, 1024, 17, 401
 INVOKES = 32  # of nnsight in one trace
-RIGHT, WRONG = 17, 401
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,7 @@ def score(logits: Tensor) -> Tensor:
 
 def patched_at(layers: Any, table: Table, layer: int) -> Any:
     """The module whose input is patched: a module of transformers, or what nnsight wraps around it."""
-    found = layers[layer]
-    for name in filter(None, table.module.split(".")):
-        found = getattr(found, name)
-    return found
+    return attrgetter(table.module)(layers[layer]) if table.module else layers[layer]
 
 
 class WithLlama4Lab:

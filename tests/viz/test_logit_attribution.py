@@ -32,7 +32,7 @@ def table() -> pd.DataFrame:
 
 def test_parts_are_cells_with_layers_upwards_and_heads_before_the_rest(table, written):
     ax = contributions(table)
-    cells = np.ma.filled(ax.collections[0].get_array(), np.nan).reshape(2, 5)
+    cells = np.ma.asarray(ax.collections[0].get_array()).filled(np.nan).reshape(2, 5)
     expected = [[1, -2, np.nan, np.nan, 0.5], [0, 3, 3, 0.125, np.nan]]
     assert np.array_equal(cells, expected, equal_nan=True)
     assert ax.collections[0].get_clim() == (-3, 3)
