@@ -1,8 +1,6 @@
 """A run (or a sweep) as one safetensors file: the tensors, and in its metadata everything else as JSON."""
 
 import json
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llama4lab.prompt.image_layout import ImageLayout
 from llama4lab.prompt.prompt import Prompt, Span
+from llama4lab.run.tensor_file import read_tensors, write_tensors
 
 RUN = "llama4lab.run/1"
 
@@ -31,20 +28,9 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], prompt
         kind: What the file says it is.
     """
     prompt_tensors, prompt_facts = _taken_apart(prompt)
-    metadata = {"format": kind, "order": json.dumps(list(tensors)), "header": json.dumps(header)}
+    metadata = {"order": json.dumps(list(tensors)), "header": json.dumps(header)}
     metadata["prompt"] = json.dumps(prompt_facts)
-    # Views share memory with what they were cut from; a file must hold each tensor once and whole.
-    stored = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in {**tensors, **prompt_tensors}.items()
-    }
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(stored, unfinished, metadata)
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
+    write_tensors(path, kind, {**tensors, **prompt_tensors}, metadata)
 
 
 def read(path: Path, kind: str = RUN) -> tuple[dict[str, Tensor], dict[str, Any], Prompt]:
@@ -53,21 +39,9 @@ def read(path: Path, kind: str = RUN) -> tuple[dict[str, Tensor], dict[str, Any]
     Raises:
         ValueError: if the file is something else.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != kind:
-                found = metadata.get("format", "no format")
-                raise ValueError(f"{path} is not a {_noun(kind)}: its metadata says {found!r}, expected {kind!r}.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as problem:
-        raise ValueError(f"{path} is not a {_noun(kind)}: it is no complete safetensors file ({problem}).") from problem
+    tensors, metadata = read_tensors(path, kind)
     prompt = _put_together(tensors, json.loads(metadata["prompt"]))
     return {name: tensors[name] for name in json.loads(metadata["order"])}, json.loads(metadata["header"]), prompt
-
-
-def _noun(kind: str) -> str:
-    return kind.partition(".")[2].partition("/")[0]
 
 
 def _taken_apart(prompt: Prompt) -> tuple[dict[str, Tensor], dict[str, Any]]:

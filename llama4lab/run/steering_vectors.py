@@ -1,8 +1,6 @@
 """Steering vectors: the direction in which two kinds of prompts differ, at one or several hook points."""
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,8 +8,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llama4lab.model.pretrained import HookedPreTrainedModel
@@ -19,6 +15,7 @@ from llama4lab.prompt.prompt import Prompt
 from llama4lab.run.examples import row_means, runs_over, token_mask
 from llama4lab.run.run import Run
 from llama4lab.run.selection import Selector, selected
+from llama4lab.run.tensor_file import read_tensors, write_tensors
 
 FORMAT = "llama4lab.steering_vector/1"
 Position = int | None | Callable[[Prompt], Sequence[int]]
@@ -89,17 +86,8 @@ class SteeringVector(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file; a file that is there already is replaced only when all is written."""
-        path = Path(path)
-        metadata = {"format": FORMAT, "order": json.dumps(list(self)), "facts": json.dumps(self.facts)}
-        stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors.items()}
-        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(stored, unfinished, metadata)
-            os.replace(unfinished, path)
-        except BaseException:
-            os.unlink(unfinished)
-            raise
+        metadata = {"order": json.dumps(list(self)), "facts": json.dumps(self.facts)}
+        write_tensors(path, FORMAT, self.tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":
@@ -108,15 +96,8 @@ class SteeringVector(Mapping[str, Tensor]):
         Raises:
             ValueError: if the file is no steering vector.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                found = metadata.get("format", "no format")
-                if found != FORMAT:
-                    raise ValueError(f"{path} is not a steering vector: its metadata says {found!r}, not {FORMAT!r}.")
-                tensors = {name: file.get_tensor(name) for name in json.loads(metadata["order"])}
-        except SafetensorError as problem:
-            raise ValueError(f"{path} is not a steering vector: no complete safetensors file ({problem}).") from problem
+        stored, metadata = read_tensors(path, FORMAT)
+        tensors = {name: stored[name] for name in json.loads(metadata["order"])}
         return cls(tensors, json.loads(metadata["facts"]))
 
 

@@ -7,16 +7,12 @@ arXiv 2303.08112). It shows what can be read off linearly, not what the model it
 """
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llama4lab.model.facts import facts
@@ -24,6 +20,7 @@ from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.run.lens_training import Course, Translator, divergences, gathered, trained
 from llama4lab.run.residual_stream import LAST, RESIDUAL, kind_of, place_of
 from llama4lab.run.selection import Selector, selected
+from llama4lab.run.tensor_file import read_tensors, write_tensors
 from llama4lab.run.unembedding import Unembedding
 
 FORMAT = "llama4lab.tuned_lens/1"
@@ -124,18 +121,10 @@ class TunedLens:
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file; a file that is there already is replaced only when all is written."""
-        path = Path(path)
-        metadata = {"format": FORMAT, "order": json.dumps(list(self.matrices)), "facts": json.dumps(self.facts)}
-        stored = {f"{place}.matrix": matrix.contiguous() for place, matrix in self.matrices.items()}
-        stored |= {f"{place}.shift": shift.contiguous() for place, shift in self.shifts.items()}
-        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(stored, unfinished, metadata)
-            os.replace(unfinished, path)
-        except BaseException:
-            os.unlink(unfinished)
-            raise
+        metadata = {"order": json.dumps(list(self.matrices)), "facts": json.dumps(self.facts)}
+        tensors = {f"{place}.matrix": matrix for place, matrix in self.matrices.items()}
+        tensors |= {f"{place}.shift": shift for place, shift in self.shifts.items()}
+        write_tensors(path, FORMAT, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "TunedLens":
@@ -144,17 +133,10 @@ class TunedLens:
         Raises:
             ValueError: if the file is no tuned lens.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                found = metadata.get("format", "no format")
-                if found != FORMAT:
-                    raise ValueError(f"{path} is not a tuned lens: its metadata says {found!r}, not {FORMAT!r}.")
-                places = json.loads(metadata["order"])
-                matrices = {place: file.get_tensor(f"{place}.matrix") for place in places}
-                shifts = {place: file.get_tensor(f"{place}.shift") for place in places}
-        except SafetensorError as problem:
-            raise ValueError(f"{path} is not a tuned lens: no complete safetensors file ({problem}).") from problem
+        tensors, metadata = read_tensors(path, FORMAT)
+        places = json.loads(metadata["order"])
+        matrices = {place: tensors[f"{place}.matrix"] for place in places}
+        shifts = {place: tensors[f"{place}.shift"] for place in places}
         return cls(matrices, shifts, json.loads(metadata["facts"]))
 
     def __repr__(self) -> str:

@@ -84,7 +84,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_rest(run, tmp_path, monkeypatc
     def full(*_args, **_options):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("llama4lab.run.run_file.save_file", full)
+    monkeypatch.setattr("llama4lab.run.tensor_file.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         run.save(path)
     assert path.read_bytes() == b"old"

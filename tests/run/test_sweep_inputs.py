@@ -40,11 +40,11 @@ def pictures(tiny) -> tuple[lab.Prompt, lab.Prompt]:
 
 
 VISION = {
-    "patches": ("vision_model.layers.*.resid_post", ["layer", "patch"]),
-    "patches of tiles": ("vision_model.layers.*.resid_pre", ["layer", "tile", "patch"]),
+    "patches": ("vision_model.layers.*.resid_post", {"layer": None, "patch": [0, 21, 63]}),
+    "patches of tiles": ("vision_model.layers.*.resid_pre", {"layer": None, "tile": None, "patch": [3, 40]}),
     "heads": ("vision_model.layers.*.self_attn.z", ["layer", "head"]),
-    "patterns": ("vision_model.layers.*.self_attn.pattern", ["layer", "head", "patch"]),
-    "neurons": ("vision_model.layers.*.mlp.hidden", ["layer", "neuron"]),
+    "patterns": ("vision_model.layers.*.self_attn.pattern", {"layer": None, "head": None, "patch": [3, 64]}),
+    "neurons": ("vision_model.layers.*.mlp.hidden", {"layer": None, "neuron": [0, 17, (5, 200)]}),
     "the way to the text": (
         [
             *("vision_model.patch_embed", "vision_model.embed", "vision_model.final_norm", "vision_model.shuffled"),
