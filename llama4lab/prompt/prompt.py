@@ -1,5 +1,6 @@
 """`Prompt`: what a model is given, with everything that is known about each of its tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
@@ -127,6 +128,11 @@ class Prompt:
         pictures = [image_html(layout.original, text) for layout, text in zip(self.images, captions, strict=True)]
         rows = [row_html(tokens, kinds) for tokens, kinds in zip(self.tokens, self.modality, strict=True)]
         return "".join(pictures) + "<hr>".join(rows)
+
+
+def shared_tokens(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The text of the token at each position, for rows of one length; "" where rows differ."""
+    return [column[0] if len(set(column)) == 1 else "" for column in zip(*rows, strict=True)]
 
 
 def _near(text: str, tokens: list[str]) -> str:

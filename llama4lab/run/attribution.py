@@ -25,13 +25,14 @@ from torch import Tensor
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.prompt.prompt import Prompt
 from llama4lab.run.attention_change import START, is_matching
-from llama4lab.run.attribution_estimates import Estimates, beside, kept_words
+from llama4lab.run.attribution_estimates import Estimates, kept_words
 from llama4lab.run.attribution_result import Attribution
 from llama4lab.run.block_change import ROUTER, block_of, is_route, routed_change, wide
 from llama4lab.run.counterparts import check_counterparts, counterpart, difference
+from llama4lab.run.hook_names import beside
 from llama4lab.run.metric_gradients import differentiated
 from llama4lab.run.metrics import Metric, as_metric
-from llama4lab.run.pairing import Mapped, Pair, Side, paired
+from llama4lab.run.pairing import Mapped, Pair, Side, other_side, paired
 from llama4lab.run.selection import Selector, selected
 from llama4lab.run.size import free_nbytes, recorded_nbytes
 
@@ -104,7 +105,7 @@ def attribute(
     if steps > 1:
         slopes |= dict.fromkeys(work.along_line, work.averaged(values)) | work.halfway(values, base.gradients)
     estimates = Estimates(model, shapes, values, slopes)
-    sides = {into: base.metric.cpu(), "corrupted" if into == "clean" else "clean": source.metric.cpu()}
+    sides = {into: base.metric.cpu(), other_side(into): source.metric.cpu()}
     return Attribution(
         first_order={name: estimates.first_order(name).cpu() for name in names},
         jump={name: estimates.jump(name).cpu() for name in names},
@@ -138,7 +139,7 @@ class _Work:
     @property
     def source(self) -> Prompt:
         """The prompt that values come from."""
-        return self.pair.prompt("clean" if self.into == "corrupted" else "corrupted")
+        return self.pair.prompt(other_side(self.into))
 
     @property
     def line(self) -> list[str]:

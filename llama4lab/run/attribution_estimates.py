@@ -12,6 +12,7 @@ from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.run.attention_change import ASKING, START, is_matching, key_change, query_change
 from llama4lab.run.block_change import block_jump, block_of, dot, is_route, routed_change, wide
 from llama4lab.run.counterparts import difference
+from llama4lab.run.hook_names import beside
 from llama4lab.run.sweep_axes import WORDS
 
 FEATURES = (*WORDS["feature"], "vocab")
@@ -20,12 +21,6 @@ FEATURES = (*WORDS["feature"], "vocab")
 def kept_words(name: str, shape: str) -> list[str]:
     """The axes that the estimates of a hook point have: all but features. A row of router logits is one place."""
     return [word for word in shape.split() if word not in FEATURES and (word != "expert" or not is_route(name))]
-
-
-def beside(name: str, component: str) -> str:
-    """Another hook point of the same layer, of the vision tower if the first one is there."""
-    head, _, rest = name.partition("layers.")
-    return f"{head}layers.{rest.partition('.')[0]}.{component}"
 
 
 @dataclass(frozen=True, eq=False)

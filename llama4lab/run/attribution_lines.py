@@ -7,7 +7,8 @@ import pandas as pd
 from torch import Tensor
 
 from llama4lab.prompt.prompt import Prompt
-from llama4lab.run.sweep_axes import NAMED, WORDS, component_of, layer_of, word_of
+from llama4lab.run.hook_names import component_of, layer_of
+from llama4lab.run.sweep_axes import NAMED, WORDS, word_of
 
 AXES = (*NAMED, *WORDS)
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llama4lab.prompt.prompt import Prompt
+from llama4lab.prompt.prompt import Prompt, shared_tokens
 from llama4lab.run import run_file
 from llama4lab.run.attribution_lines import AXES, has_axis, lines_of
 from llama4lab.run.pairing import Side
@@ -172,7 +172,7 @@ class Attribution:
         table = table.reset_index(drop=True)
         table.attrs = {"metric": self.metric, "into": self.into}
         if "position" in axes:
-            shared = [column[0] if len(set(column)) == 1 else "" for column in zip(*tokens, strict=True)]
+            shared = shared_tokens(tokens)
             table.insert(axes.index("position") + 1, "token", [shared[position] for position in table["position"]])
         return table
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llama4lab.model.pretrained import HookedPreTrainedModel
+from llama4lab.run.hook_names import router_of
 from llama4lab.run.metrics import BoundMetric
 from llama4lab.run.pairing import Mapped, Side, paired
 from llama4lab.run.patching import patched
@@ -15,7 +16,7 @@ from llama4lab.run.run import Run
 from llama4lab.run.selection import Selector
 from llama4lab.run.size import shape as shape_of
 from llama4lab.run.substitution import Source, Substitution, Values, as_tokens, from_tokens, place_axis, substituted
-from llama4lab.run.sweep_axes import BY_EXPERT, Value
+from llama4lab.run.sweep_axes import Value
 from llama4lab.run.sweep_plan import SweepPlan, planned
 
 NO_METRIC = BoundMetric("none", [0], lambda logits, rows: logits[:, 0, 0])
@@ -58,7 +59,7 @@ def recorded_source(plan: SweepPlan) -> Run | None:
     """The source run, with what the plan takes from it."""
     if plan.source is None or not (isinstance(plan.values, str) or callable(plan.values)):
         return None
-    routes = {_router(name) for name, entries in plan.substitutions.items() if entries.expert is not None}
+    routes = {router_of(name) for name, entries in plan.substitutions.items() if entries.expert is not None}
     return record(plan.model, plan.source, [*plan.names, *routes])
 
 
@@ -72,7 +73,7 @@ def patches_of(plan: SweepPlan, cell: int, source: Run | None) -> dict[str, Call
             continue
         found[name] = _patch(plan, name, kept, source, routes)
         if entries.expert is not None:
-            router = _router(name)
+            router = router_of(name)
             found[router] = _remembering(router, found.get(router), routes)
     return found
 
@@ -82,7 +83,7 @@ def _patch(
 ) -> Callable[[Tensor], Tensor]:
     entries: Substitution = plan.substitutions[name].only(kept)
     places = shape_of(plan.model, plan.base, name, entries.shape)[place_axis(entries.shape.split())]
-    router, their_routes = _router(name), None
+    router, their_routes = router_of(name), None
     if name in plan.constants:
         tokens = plan.constants[name]
     else:
@@ -110,10 +111,6 @@ def _remembering(
         return new
 
     return note
-
-
-def _router(name: str) -> str:
-    return f"{name.partition('experts.')[0]}router.indices" if name.endswith(BY_EXPERT) else name
 
 
 @torch.no_grad()

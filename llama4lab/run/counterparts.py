@@ -1,5 +1,7 @@
 """The values of one run of a pair, brought to the places of the other run."""
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -8,7 +10,7 @@ from llama4lab.run.block_change import wide
 from llama4lab.run.pairing import NOWHERE, Pair, Side
 
 
-def check_counterparts(pair: Pair, shapes: dict[str, str]) -> None:
+def check_counterparts(pair: Pair, shapes: Mapping[str, str]) -> None:
     """Sees to it that the values at the given hook points (name -> shape in words) can be compared place by place.
 
     Raises:

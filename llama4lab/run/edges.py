@@ -29,7 +29,7 @@ from llama4lab.run.graph.recorded_pass import RecordedPass, recorded_pass
 from llama4lab.run.graph.route_jumps import route_jumps
 from llama4lab.run.graph.slopes import Slope, Slopes, slopes
 from llama4lab.run.metrics import Metric, as_metric
-from llama4lab.run.pairing import Side, paired
+from llama4lab.run.pairing import Side, other_side, paired
 
 
 def attribute_edges(
@@ -63,7 +63,7 @@ def attribute_edges(
     if steps < 1:
         raise ValueError(f"steps={steps} was asked for; derivatives are taken at one point or more.")
     pair = paired(model, clean, corrupted)
-    other: Side = "corrupted" if into == "clean" else "clean"
+    other = other_side(into)
     base, source = (recorded_pass(model, pair.prompt(side), metric) for side in (into, other))
     work = _Work(graph_of(text_part(model.config)), base, source, by_position)
     here = slopes(model, base, base.embedded)

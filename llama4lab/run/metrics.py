@@ -53,6 +53,15 @@ class BoundMetric:
             raise ValueError(f"The metric {self.name} is NaN for {int(values.isnan().sum())} of {len(rows)} rows.")
         return values
 
+    def over_batches(
+        self, logits: Float[Tensor, "n position vocab"], rows: Int[Tensor, " n"], batch: int
+    ) -> Float[Tensor, " n"]:
+        """The value of each row of one or more copies of the prompt, `batch` rows each, one copy after the other."""
+        if self.by_row or not len(rows):
+            return self(logits, rows)
+        copies = zip(logits.split(batch), rows.split(batch), strict=True)
+        return torch.cat([self(some, own) for some, own in copies])
+
 
 @dataclass(frozen=True)
 class Metric:

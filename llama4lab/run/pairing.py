@@ -22,6 +22,11 @@ Mapped = Mapping[int, int]
 NOWHERE = -1
 
 
+def other_side(side: Side) -> Side:
+    """The other one of the two."""
+    return "corrupted" if side == "clean" else "clean"
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
     """A clean and a corrupted prompt, row by row.

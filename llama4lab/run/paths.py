@@ -27,7 +27,7 @@ from llama4lab.run.graph.mixed_pass import Mixing
 from llama4lab.run.graph.nodes import Node, Nodes, graph_of
 from llama4lab.run.graph.recorded_pass import recorded_pass
 from llama4lab.run.metrics import Metric, as_metric
-from llama4lab.run.pairing import Side, paired
+from llama4lab.run.pairing import Side, other_side, paired
 
 COLUMNS = ("patched", "effect", "normalised")
 
@@ -68,7 +68,7 @@ def patch_paths(
             before a receiver.
     """
     graph, pair = graph_of(text_part(model.config)), paired(model, clean, corrupted)
-    other: Side = "corrupted" if into == "clean" else "clean"
+    other = other_side(into)
     base, source = (recorded_pass(model, pair.prompt(side), metric) for side in (into, other))
     cells, variants = [], []
     for sender, some in graph.sets("sender", senders).items():

@@ -1,6 +1,7 @@
 """The hook points of the residual stream, and which of them are the same place."""
 
 from llama4lab.model.pretrained import HookedPreTrainedModel
+from llama4lab.run.hook_names import layer_of
 from llama4lab.run.run import Run
 from llama4lab.run.selection import Selector, selected
 
@@ -16,12 +17,6 @@ def kind_of(name: str) -> str | None:
         kind = rest.partition(".")[2]
         return kind if kind in KINDS else None
     return name if name in ("embed", "embed_merged", LAST) else None
-
-
-def layer_of(name: str) -> int | None:
-    """The layer of a hook point; None for those of the whole model."""
-    first, _, rest = name.partition(".")
-    return int(rest.partition(".")[0]) if first == "layers" else None
 
 
 def place_of(name: str, num_layers: int) -> str:

@@ -17,7 +17,7 @@ from llama4lab.model.facts import facts
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.prompt.prompt import Prompt
 from llama4lab.run.metrics import Metric, as_metric
-from llama4lab.run.pairing import Side, paired
+from llama4lab.run.pairing import Side, other_side, paired
 from llama4lab.run.route_variants import VARIANTS, Cell, Observed, measured, observed
 
 EFFECTS = ("route_effect", "content_effect", "total_effect", "gate_effect", "interaction")
@@ -70,7 +70,7 @@ def route_and_content(
         ValueError: if the prompts do not match position by position, or the model has no layer with experts.
     """
     pair = paired(model, clean, corrupted)
-    base_prompt, source_prompt = pair.prompt(into), pair.prompt("clean" if into == "corrupted" else "corrupted")
+    base_prompt, source_prompt = pair.prompt(into), pair.prompt(other_side(into))
     layers = facts(model.config)["moe_layers"]
     if not layers:
         raise ValueError("Route against content was asked for, but no layer of this model has experts.")

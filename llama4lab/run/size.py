@@ -9,6 +9,7 @@ from llama4lab.model.config_parts import patch_side, text_part, tile_side
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.model.vision import VisionModel
 from llama4lab.prompt.prompt import Prompt
+from llama4lab.run.hook_names import is_pattern
 from llama4lab.run.selection import Selector, selected
 
 
@@ -75,7 +76,7 @@ def _vision_sizes(config, prompt: Prompt, *, with_class: bool) -> dict[str, int]
 
 
 def _itemsize(model: HookedPreTrainedModel, name: str) -> int:
-    if name.endswith((".scores", ".pattern")):
+    if is_pattern(name):
         return torch.float32.itemsize
     return torch.int64.itemsize if name.endswith(".indices") else model.dtype.itemsize
 

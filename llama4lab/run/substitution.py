@@ -149,6 +149,15 @@ def _new(
     return full[(each, *index)].to(like.dtype)
 
 
+def _of_expert(source: Source, expert: Int[Tensor, " entry"]) -> Float[Tensor, "entry d"]:
+    """What the slots of an expert hold in the other run; 0 for tokens that are not sent to it there."""
+    assert source.tokens is not None
+    taken = source.tokens[source.at]
+    if source.indices is None:  # given values, which have no slots
+        return taken
+    return (taken * (source.indices[source.at] == expert[:, None])[..., None]).sum(1)
+
+
 def _with_expert(
     tokens: Float[Tensor, "token slot d_model"],
     at: Int[Tensor, " entry"],
@@ -158,20 +167,14 @@ def _with_expert(
     indices: Int[Tensor, "token slot"],
 ) -> Float[Tensor, "token slot d_model"]:
     """Replaces what one expert adds to each token: nothing, where the token was not sent to it."""
-    assert entries.expert is not None
-    own = indices[at] == entries.expert[:, None]
+    expert = entries.expert
+    assert expert is not None
+    own = indices[at] == expert[:, None]
 
     def now() -> Tensor:
         return (tokens[at] * own[..., None]).sum(1)
 
-    def other() -> Tensor:
-        assert source.tokens is not None
-        if source.indices is None:
-            return source.tokens[source.at]
-        theirs = source.indices[source.at] == entries.expert[:, None]  # pyright: ignore[reportOptionalSubscript]
-        return (source.tokens[source.at] * theirs[..., None]).sum(1)
-
-    part = _new(values, entries.name, now, other, (slice(None),), tokens)
+    part = _new(values, entries.name, now, lambda: _of_expert(source, expert), (slice(None),), tokens)
     rows = tokens[at] * ~own[..., None]
     slot = own.int().argmax(1)
     rows[torch.arange(len(at)), slot] = rows[torch.arange(len(at)), slot] + part
@@ -196,14 +199,9 @@ def _with_neurons(
     assert expert is not None
     slot = (indices[at] == expert[:, None]).int().argmax(1)
 
-    def other() -> Tensor:
-        assert source.tokens is not None
-        if source.indices is None:
-            return source.tokens[source.at]
-        theirs = source.indices[source.at] == expert[:, None]
-        return (source.tokens[source.at] * theirs[..., None]).sum(1)
-
     index = tuple(slice(None) if axis is None else axis for axis in entries.inner[1:])
     new = tokens.clone()
-    new[(at, slot, *index)] = _new(values, entries.name, lambda: tokens[at, slot], other, index, tokens)
+    new[(at, slot, *index)] = _new(
+        values, entries.name, lambda: tokens[at, slot], lambda: _of_expert(source, expert), index, tokens
+    )
     return new

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+from llama4lab.run.hook_names import component_of, layer_of
+
 Value = int | str | tuple[int, ...]
 Over = Sequence[str] | Mapping[str, Iterable[Value] | None]
 
@@ -54,18 +56,6 @@ class Cells:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-def layer_of(name: str) -> int | None:
-    """The layer in the name of a hook point."""
-    _, found, rest = name.partition("layers.")
-    return int(rest.partition(".")[0]) if found else None
-
-
-def component_of(name: str) -> str:
-    """The name of a hook point without its layer."""
-    head, found, rest = name.partition("layers.")
-    return head + rest.partition(".")[2] if found else name
 
 
 def word_of(axis: str, name: str, shape: str) -> str | None:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.prompt.prompt import Prompt
-from llama4lab.run.pairing import NOWHERE, Pair, Side
+from llama4lab.run.hook_names import is_vision
+from llama4lab.run.pairing import NOWHERE, Pair, Side, other_side
 from llama4lab.run.size import shape as shape_of
 from llama4lab.run.substitution import Substitution, Values, inner_words, place_axis
 from llama4lab.run.sweep_axes import BY_EXPERT, Target
-from llama4lab.run.sweep_engine.vision_pass import is_vision
 
 OTHER = "other"
 
@@ -29,7 +29,7 @@ def usable_tokens(pair: Pair, into: Side, values: Values) -> np.ndarray:
     usable = usable & (sources != NOWHERE)
     if values != OTHER:
         return usable
-    other = pair.prompt("clean" if into == "corrupted" else "corrupted")
+    other = pair.prompt(other_side(into))
     own_ids, ids = base.input_ids.cpu().numpy(), other.input_ids.cpu().numpy()
     row = np.arange(len(ids))[:, None]
     length = min(own_ids.shape[1], ids.shape[1])

@@ -8,11 +8,10 @@ from jaxtyping import Int
 from torch import nn
 
 from llama4lab.model.config_parts import text_part
+from llama4lab.run.hook_names import is_pattern, is_vision, layer_of
 from llama4lab.run.size import free_nbytes
 from llama4lab.run.size import shape as shape_of
-from llama4lab.run.sweep_axes import layer_of
 from llama4lab.run.sweep_engine.engine import Batches, Engine
-from llama4lab.run.sweep_engine.vision_pass import is_vision
 from llama4lab.run.sweep_plan import SweepPlan
 
 MOST_TOKENS, MOST_LOGITS, MOST_TILES = 8192, 4096, 64  # beyond these a call gains no speed
@@ -67,7 +66,7 @@ def needs(plan: SweepPlan) -> Needs:
     attention = 4 * size * d_model + 4 * (6 * queries + 4 * keys)  # RoPE and norms are computed in float32
     working = max(attention, size * ((6 + 4 * slots) * d_model + 4 * d_ff)) + _patched_nbytes(plan)
     unit = length * (4 * keys * size + 8)
-    if any(name.endswith((".scores", ".pattern")) for name in plan.substitutions):
+    if any(is_pattern(name) for name in plan.substitutions):
         unit += 16 * config.num_attention_heads * length**2
     waiting, logit = 4 * size * d_model + 64, 16 * config.vocab_size
     entries = sum(entries.unit.numel() for entries in plan.substitutions.values())
@@ -86,7 +85,7 @@ def _patched_nbytes(plan: SweepPlan) -> int:
     """What the tensors of the patched hook points of one text layer add to a token: old, new, and what is put in."""
     layers: dict[int | None, int] = {}
     for name, entries in plan.substitutions.items():
-        if not is_vision(name) and not name.endswith((".scores", ".pattern")):
+        if not is_vision(name) and not is_pattern(name):
             sizes = shape_of(plan.model, plan.base, name, entries.shape)[2:]
             layers[layer_of(name)] = layers.get(layer_of(name), 0) + 3 * plan.model.dtype.itemsize * prod(sizes)
     return max(layers.values(), default=0)

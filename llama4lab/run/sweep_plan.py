@@ -13,13 +13,15 @@ from torch import Tensor
 
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.prompt.prompt import Prompt
+from llama4lab.run.counterparts import check_counterparts
+from llama4lab.run.hook_names import is_vision, layer_of
 from llama4lab.run.metrics import BoundMetric
-from llama4lab.run.pairing import Pair, Side
+from llama4lab.run.pairing import Pair, Side, other_side
 from llama4lab.run.selection import Selector, selected
 from llama4lab.run.size import shape as shape_of
 from llama4lab.run.substitution import Substitution, Values, as_tokens
-from llama4lab.run.sweep_axes import Cells, Over, cells, layer_of
-from llama4lab.run.sweep_engine.vision_pass import check_names, image_places, is_vision, vision_entry
+from llama4lab.run.sweep_axes import Cells, Over, Target, cells
+from llama4lab.run.sweep_engine.vision_pass import check_names, image_places, vision_entry
 from llama4lab.run.sweep_entries import OTHER, Entries, axis_sizes, same_tiles, usable_tokens
 
 NEVER = 10**6
@@ -69,9 +71,7 @@ class SweepPlan:
     @property
     def source(self) -> Prompt | None:
         """The prompt that values come from, or None."""
-        return (
-            None if self.metrics[1] is None else self.pair.prompt("clean" if self.into == "corrupted" else "corrupted")
-        )
+        return None if self.metrics[1] is None else self.pair.prompt(other_side(self.into))
 
     @property
     def num_rows(self) -> int:
@@ -99,14 +99,17 @@ def planned(
     shapes = {name: points[name] for name in names}
     usable = usable_tokens(pair, into, values)
     found = cells(shapes, over, {name: axis_sizes(model, base, name, shapes[name]) for name in names})
-    _check_values(values, names, shapes, pair, metrics[1] is not None)
-    other = pair.prompt("clean" if into == "corrupted" else "corrupted").input_ids.shape[1]
+    _check_values(values, shapes, pair, metrics[1] is not None)
+    other = pair.prompt(other_side(into)).input_ids.shape[1]
     equal = same_tiles(pair) if isinstance(values, str) else np.zeros(0)
     maker = Entries(model, base, usable, pair.sources(into), other, equal)
+    by_name: dict[str, list[tuple[int, Target]]] = {name: [] for name in names}
+    for cell, targets in enumerate(found.targets):
+        for target in targets:
+            by_name[target.name].append((cell, target))
     substitutions, source_at = {}, {}
     for name in names:
-        own = [(cell, t) for cell, targets in enumerate(found.targets) for t in targets if t.name == name]
-        substitutions[name] = maker.entries(name, shapes[name], own)
+        substitutions[name] = maker.entries(name, shapes[name], by_name[name])
         source_at[name] = maker.source_at(substitutions[name], constant=isinstance(values, Mapping))
     constants = {}
     if isinstance(values, Mapping):
@@ -129,25 +132,20 @@ def text_entry(name: str, num_layers: int) -> int:
     return layer + 1 if name.endswith(".resid_post") else layer
 
 
-def _check_values(values: Values, names: list[str], shapes: Mapping[str, str], pair: Pair, has_source: bool) -> None:
+def _check_values(values: Values, shapes: Mapping[str, str], pair: Pair, has_source: bool) -> None:
     if isinstance(values, str) and values != OTHER:
         raise ValueError(f'values={values!r} is unknown. Pass "other", a number, a mapping of names, or a function.')
     if isinstance(values, Mapping):
-        missing = [name for name in names if name not in values]
+        missing = [name for name in shapes if name not in values]
         if missing:
             raise ValueError(f"values has no tensor for {missing[0]!r}; it has {', '.join(list(values)[:4])}.")
     if (values == OTHER or callable(values)) and not has_source:
         raise ValueError("Without a corrupted prompt there is no other run.\nPass values=0, a mapping, or a prompt.")
-    routed = [name for name in names if name.endswith("router.indices")]
+    routed = [name for name in shapes if name.endswith("router.indices")]
     if routed and isinstance(values, float):
         raise ValueError(f"{routed[0]!r} holds expert indices; values={values} is no whole number.")
-    if pair.alike or (values != OTHER and not callable(values)):
-        return
-    keyed = [name for name in names if "key" in shapes[name].split() and not is_vision(name)]
-    if keyed:
-        raise ValueError(f"{keyed[0]!r} has keys, which stand elsewhere in the other prompt; patch z, k or v instead.")
-    if any(is_vision(name) for name in names) and len(same_tiles(pair)) == 0:
-        raise ValueError("The two prompts have different numbers of tiles; patch the text layers instead.")
+    if values == OTHER or callable(values):
+        check_counterparts(pair, shapes)
 
 
 def _constant(model: HookedPreTrainedModel, base: Prompt, entries: Substitution, value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llama4lab.prompt.prompt import Prompt
+from llama4lab.prompt.prompt import Prompt, shared_tokens
 from llama4lab.prompt.tokenizer import token_strings
 from llama4lab.run import run_file
 from llama4lab.run.pairing import Side
@@ -212,7 +212,7 @@ class Sweep:
         table.attrs = {"metric": self.metric, "into": self.into}
         if "position" in self.axes:
             rows = self.prompt.tokens if row is None else [self.prompt.tokens[row]]
-            shared = [column[0] if len(set(column)) == 1 else "" for column in zip(*rows, strict=True)]
+            shared = shared_tokens(rows)
             texts = ["".join(shared[p] for p in _parts(label["position"])) for label in labels]
             table.insert(list(self.axes).index("position") + 1, "token", texts)
         return table

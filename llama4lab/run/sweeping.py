@@ -23,13 +23,13 @@ from tqdm.auto import tqdm
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.run.cell_patching import recorded_source, single_runs
 from llama4lab.run.metrics import Metric, as_metric
-from llama4lab.run.pairing import Mapped, Side, paired
+from llama4lab.run.pairing import Mapped, Side, other_side, paired
 from llama4lab.run.recording import record
 from llama4lab.run.selection import Selector
 from llama4lab.run.substitution import Values
 from llama4lab.run.sweep_axes import Over
 from llama4lab.run.sweep_engine.engine import CellOutcomes, Engine
-from llama4lab.run.sweep_engine.head_pass import outcome
+from llama4lab.run.sweep_engine.head_pass import Outcome, outcome
 from llama4lab.run.sweep_memory import batches, nbytes, offloaded, waves
 from llama4lab.run.sweep_plan import SweepPlan, planned
 from llama4lab.run.sweep_result import Sweep, TopTokens
@@ -93,7 +93,7 @@ def sweep(
     pair = paired(model, clean, corrupted if has_source else clean, running.get("align"))
     into = into if has_source else "clean"
     chosen = as_metric(metric)
-    other = pair.prompt("clean" if into == "corrupted" else "corrupted")
+    other = pair.prompt(other_side(into))
     bound = chosen.bound(pair.prompt(into)), chosen.bound(other) if has_source else None
     plan = planned(model, pair, into, at, over, values, bound)
     state = _State(plan, running.get("path"))
@@ -108,7 +108,6 @@ def sweep(
             _run_singly(state, bar)
         else:
             _run_together(state, running.get("memory"), bar)
-    state.save()
     return state.sweep
 
 
@@ -124,6 +123,7 @@ def _run_together(state: "_State", memory: str | int | None, bar: tqdm) -> None:
     left = np.flatnonzero(~state.done)
     if not len(left):
         state.keep(left, engine.run(left, lambda: None))  # whether it is this model's sweep
+        state.save()
     most = len(left) if state.path is None or offloaded(plan.model) else -(-len(plan.cells) // SAVES)
     for wave in waves(engine.tokens(left), waiting, most):
         cells, layers = left[wave], len(plan.model.text.layers)
@@ -140,16 +140,14 @@ def _run_singly(state: "_State", bar: tqdm) -> None:
     source, rows = recorded_source(plan), torch.arange(plan.num_rows)
     base, other = plan.metrics
     base_run = record(plan.model, plan.base)
-    own = outcome(base, base_run.logits[:, base.positions], rows)
+    own = outcome(base, base_run.logits[:, base.positions], rows, len(rows))
     theirs = None
     if plan.source is not None and other is not None:
         run = record(plan.model, plan.source) if source is None else source
-        theirs = outcome(other, run.logits[:, other.positions], rows)
-    none = outcome(base, base_run.logits[:0, base.positions], rows[:0])
-    nothing = (none.value.unflatten(0, (0, plan.num_rows)), none.top_ids[:, None], none.top_log_probs[:, None])
-    state.keep(np.zeros(0, dtype=np.int64), CellOutcomes(own, theirs, *nothing))
+        theirs = outcome(other, run.logits[:, other.positions], rows, len(rows))
+    state.check(own, theirs)
     for cell in np.flatnonzero(~state.done):
-        found = outcome(base, single_runs(plan, int(cell), source), rows)
+        found = outcome(base, single_runs(plan, int(cell), source), rows, len(rows))
         each = (found.value[None], found.top_ids[None], found.top_log_probs[None])
         state.keep(np.array([cell]), CellOutcomes(own, theirs, *each))
         state.save()
@@ -190,14 +188,13 @@ class _State:
         """Which cells have run."""
         return ~self.sweep.patched.isnan().any(1).numpy()
 
-    def keep(self, cells: np.ndarray, found: CellOutcomes) -> None:
-        """Takes up what the engine found."""
-        sweep, shown = self.sweep, found.top_ids.shape[-1]
-        sides = {self.plan.into: found.base}
-        if found.source is not None:
-            sides["clean" if self.plan.into == "corrupted" else "corrupted"] = found.source
+    def check(self, base: Outcome, source: Outcome | None) -> None:
+        """Takes up what both runs give without a patch, or compares it with what they gave when the file was made."""
+        sweep, sides = self.sweep, {self.plan.into: base}
+        if source is not None:
+            sides[other_side(self.plan.into)] = source
         if not sweep.top:
-            shape = (*sweep.patched.shape, shown)
+            shape = (*sweep.patched.shape, base.top_ids.shape[-1])
             sweep.top["patched"] = TopTokens(torch.full(shape, -1), torch.full(shape, torch.nan))
             for side, own in sides.items():
                 setattr(sweep, side, own.value)
@@ -208,6 +205,11 @@ class _State:
                     f"{self.path} was made with another model, or with other tokens in its metric: its {side} "
                     f"{sweep.metric} is {getattr(sweep, side).tolist()}, and here it is {own.value.tolist()}."
                 )
+
+    def keep(self, cells: np.ndarray, found: CellOutcomes) -> None:
+        """Takes up what the engine found."""
+        self.check(found.base, found.source)
+        sweep = self.sweep
         sweep.patched[cells] = found.value
         sweep.top["patched"].ids[cells] = found.top_ids
         sweep.top["patched"].log_probs[cells] = found.top_log_probs

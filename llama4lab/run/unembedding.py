@@ -4,7 +4,7 @@ The modules are called rather than their weights read, so that it makes no diffe
 they are stored.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from accelerate.utils import align_module_device
@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from llama4lab.model.norm import RMSNorm
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.prompt.prompt import Prompt
+from llama4lab.run.metrics import Tokens
 
 # Of logits in float32 at a time: with 200,000 tokens, 83 vectors. What is made of them takes about six times as much.
 CHUNK_NBYTES = 2**26
-
-Token = str | int
-Tokens = Token | Sequence[Token]
 
 
 class Unembedding:

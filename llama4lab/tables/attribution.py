@@ -6,6 +6,7 @@ import pandas as pd
 from llama4lab.run.attribution_result import Attribution
 from llama4lab.run.sweep_axes import component_of
 from llama4lab.run.sweep_result import Sweep
+from llama4lab.tables.comparison import check_comparable, correlation
 
 SMALL = 0.01  # effects below this share of the largest one have no sign worth comparing
 
@@ -70,31 +71,17 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
             {
                 "component": component,
                 "cells": len(own),
-                "pearson": _correlation(estimate, effect),
-                "pearson_first_order": _correlation(own["first_order"].to_numpy(dtype=float), effect),
-                "spearman": _correlation(own["estimate"].rank().to_numpy(), own["effect"].rank().to_numpy()),
+                "pearson": correlation(estimate, effect),
+                "pearson_first_order": correlation(own["first_order"].to_numpy(dtype=float), effect),
+                "spearman": correlation(own["estimate"].rank().to_numpy(), own["effect"].rank().to_numpy()),
                 "same_sign": float(np.mean(np.sign(estimate[large]) == np.sign(effect[large]))) if large.any() else 1.0,
             }
         )
     return pd.DataFrame(lines)
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    size = float(np.sqrt((a**2).sum() * (b**2).sum()))
-    return float((a * b).sum()) / size if size else np.nan
-
-
 def _check(attribution: Attribution, sweep: Sweep) -> None:
-    about = {
-        "patches into": (attribution.into, sweep.into),
-        "has the metric": (attribution.metric, sweep.metric),
-        "has the prompts": (attribution.prompt.input_ids.tolist(), sweep.prompt.input_ids.tolist()),
-    }
-    for what, (own, other) in about.items():
-        if own != other:
-            shown = (str(own)[:60], str(other)[:60])
-            raise ValueError(f"The attribution {what} {shown[0]}, the sweep {shown[1]}; they cannot be compared.")
+    check_comparable(attribution, sweep, "the sweep")
     missing = [name for name in sweep.at if name not in attribution.names]
     if missing:
         raise ValueError(f"The sweep patches {missing[0]!r}, which was not attributed.")

@@ -1,11 +1,11 @@
 """Circuits: their nodes, how large one has to be, and how far estimated edges can be trusted."""
 
-import numpy as np
 import pandas as pd
 
 from llama4lab.run.circuit import Circuit
 from llama4lab.run.edge_attribution import EdgeAttribution
 from llama4lab.run.paths import PathEffects
+from llama4lab.tables.comparison import check_comparable, correlation
 
 
 def nodes(circuit: Circuit) -> pd.DataFrame:
@@ -75,15 +75,7 @@ def compare(attribution: EdgeAttribution, paths: PathEffects) -> pd.DataFrame:
     Raises:
         ValueError: if the two are not about the same thing.
     """
-    about = {
-        "patches into": (attribution.into, paths.into),
-        "has the metric": (attribution.metric, paths.metric),
-        "has the prompts": (attribution.prompt.input_ids.tolist(), paths.prompt.input_ids.tolist()),
-    }
-    for what, (own, other) in about.items():
-        if own != other:
-            shown = (str(own)[:60], str(other)[:60])
-            raise ValueError(f"The attribution {what} {shown[0]}, the paths {shown[1]}; they cannot be compared.")
+    check_comparable(attribution, paths, "the paths")
     scores = attribution.scores.double()
     senders = {node.name: i for i, node in enumerate(attribution.graph.senders)}
     receivers = {node.name: i for i, node in enumerate(attribution.graph.receivers)}
@@ -114,13 +106,7 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
     groups = [*table.groupby("receiver_part", sort=False), ("all", table)]
     lines = []
     for part, own in groups:
-        estimate, effect = own["estimate"], own["effect"]
-        line = {"receiver_part": part, "edges": len(own), "pearson": _correlation(estimate, effect)}
-        lines.append(line | {"spearman": _correlation(estimate.rank(), effect.rank())})
+        numbers, ranks = (t[["estimate", "effect"]].to_numpy(dtype=float).T for t in (own, own.rank(numeric_only=True)))
+        line = {"receiver_part": part, "edges": len(own), "pearson": correlation(*numbers)}
+        lines.append(line | {"spearman": correlation(*ranks)})
     return pd.DataFrame(lines)
-
-
-def _correlation(a: pd.Series, b: pd.Series) -> float:
-    x, y = (values.to_numpy(dtype=float) - values.mean() for values in (a, b))
-    size = float(np.sqrt((x**2).sum() * (y**2).sum()))
-    return float((x * y).sum()) / size if size else np.nan

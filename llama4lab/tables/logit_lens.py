@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.prompt.tokenizer import token_id, token_strings
-from llama4lab.run.residual_stream import LAST, kind_of, layer_of, recorded_residuals
+from llama4lab.run.hook_names import layer_of
+from llama4lab.run.residual_stream import LAST, kind_of, recorded_residuals
 from llama4lab.run.residual_stream import RESIDUAL as RESIDUAL
 from llama4lab.run.run import Run
 from llama4lab.run.selection import Selector

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 
+from llama4lab.tables.comparison import correlation
 from llama4lab.viz import style
 from llama4lab.viz.cell_grid import CellGrid, cell_grid, value_label
 from llama4lab.viz.expert_colors import expert_colors
@@ -199,6 +200,5 @@ def _label_columns(ax: Axes, grid: CellGrid, width: float) -> None:
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> str:
     """Pearson's r as text."""
-    a, b = a - a.mean(), b - b.mean()
-    size = float(np.sqrt((a**2).sum() * (b**2).sum()))
-    return f"r = {float((a * b).sum()) / size:.3f}" if size else "r undefined"
+    r = correlation(a, b)
+    return "r undefined" if np.isnan(r) else f"r = {r:.3f}"

@@ -13,6 +13,12 @@ def tiny() -> lab.HookedLlama4:
 
 
 @pytest.fixture(scope="session")
+def small(new_text_model):
+    """Two experts a token, dense layers between, chunks of 8, two query heads for each KV head."""
+    return new_text_model(num_experts_per_tok=2, num_hidden_layers=4)
+
+
+@pytest.fixture(scope="session")
 def picture() -> Image.Image:
     """A drawn circle and a square."""
     image = Image.new("RGB", (48, 48), (20, 20, 20))

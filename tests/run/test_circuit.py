@@ -17,11 +17,6 @@ METRIC = logit_diff(11, 50)
 
 
 @pytest.fixture(scope="module")
-def small(new_text_model):
-    return new_text_model(num_experts_per_tok=2, num_hidden_layers=4)
-
-
-@pytest.fixture(scope="module")
 def found(small):
     return attribute_edges(small, CLEAN, CORRUPTED, metric=METRIC)
 

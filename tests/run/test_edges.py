@@ -19,11 +19,6 @@ METRIC = logit_diff(11, 50)
 
 
 @pytest.fixture(scope="module")
-def small(new_text_model):
-    return new_text_model(num_experts_per_tok=2, num_hidden_layers=4)
-
-
-@pytest.fixture(scope="module")
 def capitals(tiny):
     """Pairs of a question for one country's capital and for another's, all of one length."""
     texts, answers = [], []

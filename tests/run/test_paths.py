@@ -13,11 +13,6 @@ CORRUPTED = [[5, 12, 17, 3, 80, 44, 22], [71, 7, 2], [90, 14, 33, 61, 60]]
 METRIC = logit_diff(11, 50)
 
 
-@pytest.fixture(scope="module")
-def small(new_text_model):
-    return new_text_model(num_experts_per_tok=2, num_hidden_layers=4)
-
-
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 

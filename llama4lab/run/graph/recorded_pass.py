@@ -100,8 +100,4 @@ def values_of(
     head, positions = cast(Any, model).get_output_embeddings(), recorded.metric.positions
     x = model.text.final_norm(model.text.norm(x))
     logits = model.hook_points().module("logits")(head(x[:, positions]))
-    if recorded.metric.by_row:
-        return recorded.metric(logits, rows)
-    size = len(recorded.prompt)
-    batches = zip(logits.split(size), rows.split(size), strict=True)
-    return torch.cat([recorded.metric(some, own) for some, own in batches])
+    return recorded.metric.over_batches(logits, rows, len(recorded.prompt))

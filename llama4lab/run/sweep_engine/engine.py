@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llama4lab.model.token_layout import token_layout
 from llama4lab.prompt.prompt import Prompt
+from llama4lab.run.hook_names import is_vision
 from llama4lab.run.listening import listening
 from llama4lab.run.sweep_engine.head_pass import HeadPass, Outcome, in_batches, outcome
 from llama4lab.run.sweep_engine.packing import Packing
@@ -20,8 +21,8 @@ from llama4lab.run.sweep_engine.pair_rows import PairRows, Rows
 from llama4lab.run.sweep_engine.reach import reach
 from llama4lab.run.sweep_engine.text_pass import Passed, Units, entered, text_pass
 from llama4lab.run.sweep_engine.values_of_pass import PassValues
-from llama4lab.run.sweep_engine.vision_pass import VisionPass, image_places, is_vision
-from llama4lab.run.sweep_plan import NEVER, SweepPlan
+from llama4lab.run.sweep_engine.vision_pass import VisionPass, image_places
+from llama4lab.run.sweep_plan import NEVER, SweepPlan, text_entry
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,11 @@ class Engine:
     def _outcomes(self, head: HeadPass, units: Int[np.ndarray, " unit"]) -> CellOutcomes:
         plan, num_rows = self.plan, self.plan.num_rows
         base, source, base_logits = head.pair()
-        parts = [outcome(plan.metrics[0], base_logits[:0], torch.zeros(0, dtype=torch.long))]
+        parts = [outcome(plan.metrics[0], base_logits[:0], torch.zeros(0, dtype=torch.long), num_rows)]
         most = max(self.batches.logits // len(plan.metrics[0].positions), 1)
         for some in in_batches(units, num_rows, most):
             logits, rows = head.units(self.units, some, base_logits), torch.from_numpy(plan.row[some])
-            if plan.metrics[0].by_row:
-                parts.append(outcome(plan.metrics[0], logits, rows))
-            else:
-                pieces = zip(logits.split(num_rows), rows.split(num_rows), strict=True)
-                parts += [outcome(plan.metrics[0], piece, row) for piece, row in pieces]
+            parts.append(outcome(plan.metrics[0], logits, rows, num_rows))
         value = torch.cat([part.value for part in parts]).unflatten(0, (-1, num_rows))
         ids = torch.cat([part.top_ids for part in parts]).unflatten(0, (-1, num_rows))
         log_probs = torch.cat([part.top_log_probs for part in parts]).unflatten(0, (-1, num_rows))
@@ -154,9 +151,8 @@ class Engine:
 
     def _entering_layer(self, name: str) -> int | None:
         """The layer that a hook point's tensor enters, for those between two layers."""
-        if name in ("embed", "embed_merged"):
-            return 0
-        return int(name.split(".")[1]) + 1 if name.endswith(".resid_post") and not is_vision(name) else None
+        between = name in ("embed", "embed_merged") or (name.endswith(".resid_post") and not is_vision(name))
+        return text_entry(name, len(self.plan.model.text.layers)) if between else None
 
     def _entering(self, layer: int) -> list[str]:
         return [name for name in self.plan.substitutions if self._entering_layer(name) == layer]

@@ -1,7 +1,7 @@
 """From the residual stream behind the last layer to the metric of every unit."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -27,9 +27,11 @@ class Outcome:
     top_log_probs: Float[Tensor, "n shown"]
 
 
-def outcome(metric: BoundMetric, logits: Float[Tensor, "n position vocab"], rows: Int[Tensor, " n"]) -> Outcome:
-    """Evaluates a metric."""
-    value = metric(logits, rows).float().cpu()
+def outcome(
+    metric: BoundMetric, logits: Float[Tensor, "n position vocab"], rows: Int[Tensor, " n"], batch: int
+) -> Outcome:
+    """Evaluates a metric on copies of a prompt of `batch` rows."""
+    value = metric.over_batches(logits, rows, batch).float().cpu()
     best = logits[:, -1].float().log_softmax(-1).topk(min(SHOWN, logits.shape[-1]))
     return Outcome(value, best.indices.cpu(), best.values.cpu())
 
@@ -85,10 +87,10 @@ class HeadPass:
         logits = self._logits(index, empty, has_source=source is not None)
         base_logits = logits[: own.numel()].unflatten(0, tuple(own.shape))
         if source is None:
-            return outcome(base, base_logits, row), None, base_logits
+            return outcome(base, base_logits, row, num_rows), None, base_logits
         columns = [self.source_columns.index(position) for position in source.positions]
         source_logits = logits[own.numel() :].unflatten(0, tuple(theirs.shape))[:, columns]
-        return outcome(base, base_logits, row), outcome(source, source_logits, row), base_logits
+        return outcome(base, base_logits, row, num_rows), outcome(source, source_logits, row, num_rows), base_logits
 
     def units(
         self, units: Units, chosen: Int[np.ndarray, " unit"], base_logits: Float[Tensor, "row position vocab"]
@@ -132,8 +134,3 @@ def in_batches(chosen: Int[np.ndarray, " unit"], num_rows: int, most: int) -> It
     step = max(most // num_rows, 1) * num_rows
     for start in range(0, len(chosen), step):
         yield chosen[start : start + step]
-
-
-def with_final_residual(passed: Passed, x: Float[Tensor, "1 token d_model"]) -> Passed:
-    """The same pass with another residual stream at its end."""
-    return replace(passed, x=x)

@@ -119,17 +119,6 @@ class Packing:
         empty = np.zeros(0, dtype=np.int64)
         return tuple(np.concatenate(each) if each else empty for each in (unit, row, column))  # pyright: ignore
 
-    def asked_tokens(self) -> Int[np.ndarray, " token"]:
-        """Which tokens attend, those of the pair included."""
-        places, token = [np.arange(self.offset)], self.offset
-        for block in self.blocks:
-            inside = np.arange(len(block.units))[:, None] * block.length + np.arange(
-                block.length - block.asking, block.length
-            )
-            places.append(token + inside.reshape(-1))
-            token += len(block.units) * block.length
-        return np.concatenate(places)
-
 
 def packing(blocks: list[Block], num_units: int, offset: int) -> Packing:
     """Lays blocks out one after the other."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llama4lab.model.hook_points import HookPoints
 from llama4lab.model.packed_layout import PackedLayout
+from llama4lab.run.hook_names import component_of, is_pattern, router_of
 from llama4lab.run.listening import Listener
 from llama4lab.run.substitution import Source, Substitution, Values, as_tokens, from_tokens, substituted
 from llama4lab.run.sweep_axes import BY_EXPERT
@@ -62,7 +63,7 @@ class PassValues:
 
     def listeners(self, names: list[str]) -> dict[str, Listener]:
         """One for each hook point, and for the routes that entries by expert need."""
-        routes = {_router(name) for name in names if name.endswith(BY_EXPERT)}
+        routes = {router_of(name) for name in names if name.endswith(BY_EXPERT)}
         routes = {name for name in routes if self.substitutions[_expert_user(name, names)].expert is not None}
         found: dict[str, Listener] = {}
         for name in [*names, *(route for route in routes if route not in names)]:
@@ -84,14 +85,14 @@ class PassValues:
         """
         entries = self.substitutions[name]
         unit, column = entries.unit.numpy(), entries.place.numpy()
-        count = tensor.shape[0] * tensor.shape[2 if _is_pattern(name) else 1]
+        count = tensor.shape[0] * tensor.shape[2 if is_pattern(name) else 1]
         at = start[unit] + column - first[unit] - offset
         here = (start[unit] >= 0) & (column >= first[unit]) & (column < end[unit]) & (at >= 0) & (at < count)
         if not here.any():
             return tensor
         kept = torch.from_numpy(here)
         tokens, shape = as_tokens(tensor, entries.shape), entries.shape
-        routes, source_routes = self.routes.get(_router(name), (None, None))
+        routes, source_routes = self.routes.get(router_of(name), (None, None))
         if name in self.constants:
             source = Source(self.constants[name], self.source_at[name][kept])
         else:
@@ -101,12 +102,12 @@ class PassValues:
         return from_tokens(new, shape, tensor)
 
     def _listener(self, name: str, *, keeps_routes: bool) -> Listener:
-        patches, all_tokens = name in self.substitutions, name.partition("layers.")[2].partition(".")[2] in ALL_TOKENS
+        patches, all_tokens = name in self.substitutions, component_of(name) in ALL_TOKENS
 
         def listen(tensor: Tensor) -> Tensor | None:
             assert self.place is not None
             place, packing = self.place, self.place.packing
-            if _is_pattern(name):
+            if is_pattern(name):
                 return self._listen_to_pattern(name, tensor)
             window = place.tokens if all_tokens else place.asked
             new = tensor
@@ -137,13 +138,5 @@ class PassValues:
         return None if new is tensor else new
 
 
-def _is_pattern(name: str) -> bool:
-    return name.endswith((".scores", ".pattern"))
-
-
-def _router(name: str) -> str:
-    return f"{name.partition('experts.')[0]}router.indices"
-
-
 def _expert_user(route: str, names: list[str]) -> str:
-    return next(name for name in names if name.endswith(BY_EXPERT) and _router(name) == route)
+    return next(name for name in names if name.endswith(BY_EXPERT) and router_of(name) == route)

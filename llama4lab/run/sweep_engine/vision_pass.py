@@ -12,16 +12,11 @@ from torch import Tensor
 from llama4lab.model.hook_points import HookPoints
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.prompt.prompt import Prompt
+from llama4lab.run.hook_names import is_vision, layer_of
 from llama4lab.run.listening import Listener, listening
 from llama4lab.run.substitution import Source, Substitution, Values, as_tokens, from_tokens, place_axis, substituted
-from llama4lab.run.sweep_axes import layer_of
 
 START = -1  # the entry of what comes before the first layer
-
-
-def is_vision(name: str) -> bool:
-    """Whether a hook point belongs to the vision tower or the projector behind it."""
-    return name.startswith("vision_model.") or name == "image_features"
 
 
 def vision_entry(name: str, num_layers: int) -> int:

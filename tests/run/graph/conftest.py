@@ -11,12 +11,6 @@ from llama4lab.run.metrics import evaluated, logit_diff
 
 
 @pytest.fixture(scope="session")
-def small(new_text_model):
-    """Two experts a token, dense layers between, chunks of 8, two query heads for each KV head."""
-    return new_text_model(num_experts_per_tok=2, num_hidden_layers=4)
-
-
-@pytest.fixture(scope="session")
 def batch(small) -> tuple[lab.Prompt, lab.Prompt]:
     """Three clean rows of different length and their counterparts."""
     clean = [[5, 9, 17, 3, 8, 44, 21, 6, 90, 13], [7, 7, 2, 31, 12], [90, 14, 33, 6, 60, 2, 40]]
