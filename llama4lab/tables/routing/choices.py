@@ -1,4 +1,4 @@
-"""Which expert each token went to, how sure the router was, and how the experts are loaded."""
+"""Which expert each token went to, and how sure the router was."""
 
 import numpy as np
 import pandas as pd
@@ -57,39 +57,6 @@ def decisions(run: Run) -> pd.DataFrame:
     return table
 
 
-def expert_load(source: Run | pd.DataFrame, by: str | None = None) -> pd.DataFrame:
-    """Gives how many tokens went to each expert of each layer; experts without any are there, too.
-
-    Args:
-        source: A run with `router.indices` recorded, or a table made by `decisions`, possibly filtered.
-        by: A column to count apart, for example "modality" or "row"; shares then sum to 1 in each of its groups.
-
-    Columns:
-        layer: layer of the router.
-        modality: (or what `by` names) the group; only if `by` is given.
-        expert: the expert.
-        tokens: how often it was chosen; a token counts once for each slot.
-        expert_load: share of the layer's choices, from 0 to 1.
-        uniform: the share that each expert would have if all had the same, 1 / num_experts.
-
-    Raises:
-        KeyError: if the indices were not recorded, or there is no column `by`.
-        ValueError: if the table does not say how many experts there are.
-    """
-    choices = _indices_only(source) if isinstance(source, Run) else source
-    num_experts = _num_experts(choices)
-    if by is not None and by not in choices:
-        raise KeyError(f"by={by!r} is no column of the decisions. Columns are {', '.join(choices.columns)}.")
-    keys = ["layer"] if by is None else ["layer", by]
-    levels = [np.unique(choices[key]) for key in keys] + [np.arange(num_experts)]
-    every = pd.MultiIndex.from_product(levels, names=[*keys, "expert"])
-    counts = choices.groupby([*keys, "expert"]).size().reindex(every, fill_value=0)
-    table = counts.to_frame("tokens").reset_index()
-    table["expert_load"] = table["tokens"] / table.groupby(keys)["tokens"].transform("sum")
-    table["uniform"] = 1 / num_experts
-    return table
-
-
 def _choices(
     logits: Float[Tensor, "token expert"], chosen: Int[Tensor, "token slot"], gate: Float[Tensor, "token slot"] | None
 ) -> dict[str, np.ndarray]:
@@ -121,26 +88,14 @@ def _by_slot(tokens: pd.DataFrame, layer: int, columns: dict[str, np.ndarray]) -
     return table
 
 
-def _indices_only(run: Run) -> pd.DataFrame:
+def bare_choices(run: Run) -> pd.DataFrame:
+    """The first columns of `decisions`, up to `expert`: all that a run with only the indices recorded can say."""
     tokens = tokens_of(run)
     layers = _recorded(run, "indices").items()
     parts = [_by_slot(tokens, layer, {"expert": at_tokens(chosen, tokens).numpy()}) for layer, chosen in layers]
     table = pd.concat(parts, ignore_index=True)
     table.attrs["num_experts"] = run.meta["num_experts"]
     return table
-
-
-def _num_experts(choices: pd.DataFrame) -> int:
-    """How many experts there are, whether chosen or not."""
-    num_experts = choices.attrs.get("num_experts")
-    if num_experts is None:
-        raise ValueError(
-            "The table does not say how many experts there are, as tables of routing.decisions do.\n"
-            'Set table.attrs["num_experts"], or pass the run.'
-        )
-    if len(choices) and choices["expert"].max() >= num_experts:
-        raise ValueError(f"The table has expert {choices['expert'].max()}, but attrs say num_experts={num_experts}.")
-    return num_experts
 
 
 def _recorded(run: Run, name: str) -> dict[int, Tensor]:
