@@ -8,13 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, Llama4Config, Llama4TextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llama4.modeling_llama4 import Llama4CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from llama4lab.model.cache import new_cache
 from llama4lab.model.captured_outputs import captured
 from llama4lab.model.config_parts import text_part, vision_part
 from llama4lab.model.hook_point import HookPoint
+from llama4lab.model.output import CACHE, Llama4Output, one_cache
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.model.projector import MultiModalProjector
 from llama4lab.model.text import TextModel
@@ -23,7 +23,7 @@ from llama4lab.model.vision import VisionModel
 
 # What the loss function of transformers takes besides logits and labels.
 LOSS_OPTIONS = {"num_items_in_batch", "ignore_index", "shift_labels"}
-ARGUMENTS = ["attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache"]
+ARGUMENTS = ["attention_mask", "position_ids", "cache", "past_key_values", "inputs_embeds", "labels", "use_cache"]
 ARGUMENTS += ["logits_to_keep", "output_attentions", "output_hidden_states", "output_router_logits", "pixel_values"]
 
 
@@ -55,7 +55,7 @@ class HookedLlama4ForCausalLM(HookedPreTrainedModel, GenerationMixin):
         input_ids: Int[Tensor, "batch seq"] | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Int[Tensor, "#batch seq"] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch seq d_model"] | None = None,
         labels: Int[Tensor, "batch seq"] | None = None,
         use_cache: bool | None = None,
@@ -63,8 +63,9 @@ class HookedLlama4ForCausalLM(HookedPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
+        past_key_values: Cache | None = None,
         **loss_options: Any,
-    ) -> Llama4CausalLMOutputWithPast:
+    ) -> Llama4Output:
         """Runs the model.
 
         Args:
@@ -72,7 +73,7 @@ class HookedLlama4ForCausalLM(HookedPreTrainedModel, GenerationMixin):
             attention_mask: `[batch, past + seq]`, 1 for tokens and 0 for padding; or a 4-D mask, boolean or additive,
                 which narrows what each layer allows; or a dict of 4-D masks, one for each kind of layer.
             position_ids: Positions; a restart inside a row begins a new packed document. None counts along the mask.
-            past_key_values: A cache filled by this model.
+            cache: A cache filled by this model.
             inputs_embeds: Input vectors instead of tokens.
             labels: Targets, -100 where there is none; shifted inside. Gives `loss`.
             use_cache: Whether to return the cache; by default as the config says, but not in training.
@@ -80,6 +81,7 @@ class HookedLlama4ForCausalLM(HookedPreTrainedModel, GenerationMixin):
             output_attentions: Whether to return the pattern of every layer (which is then computed eagerly).
             output_hidden_states: Whether to return the input of every layer and, last, the normed output.
             output_router_logits: Whether to return `{layer: [batch, seq, expert]}` for the layers with experts.
+            past_key_values: The older name of `cache`.
             loss_options: Handed to the loss function, for example `num_items_in_batch`.
 
         Raises:
@@ -87,17 +89,18 @@ class HookedLlama4ForCausalLM(HookedPreTrainedModel, GenerationMixin):
         """
         _check_options(loss_options)
         embedded = self._embedded(input_ids, inputs_embeds, labels)
-        use_cache = self._wants_cache(use_cache)
-        if use_cache and past_key_values is None:
-            past_key_values = new_cache(self.config)
+        cache = one_cache(cache, past_key_values)
+        use_cache = self._wants_cache(use_cache, cache)
+        if use_cache and cache is None:
+            cache = new_cache(self.config)
         masks, mask = self._split_masks(attention_mask)
         layout = token_layout(
             (embedded.shape[0], embedded.shape[1]),
             embedded.device,
             attention_mask=mask,
             position_ids=position_ids,
-            past=0 if past_key_values is None else int(past_key_values.get_seq_length()),
-            history=getattr(past_key_values, "token_layout", None),
+            past=0 if cache is None else int(cache.get_seq_length()),
+            history=getattr(cache, "token_layout", None),
         )
         wanted = {
             "attentions": self._asked(output_attentions, "output_attentions"),
@@ -105,17 +108,15 @@ class HookedLlama4ForCausalLM(HookedPreTrainedModel, GenerationMixin):
             "router_logits": self._asked(output_router_logits, "output_router_logits"),
         }
         with captured(self.model, wanted) as collected:
-            hidden = self.model(embedded, layout, past_key_values, masks)
-        if past_key_values is not None:
-            past_key_values.token_layout = layout  # pyright: ignore[reportAttributeAccessIssue] - goes with its keys
+            hidden = self.model(embedded, layout, cache, masks)
+        if cache is not None:
+            cache.token_layout = layout  # pyright: ignore[reportAttributeAccessIssue] - goes with its keys
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.logits(self.lm_head(hidden[:, kept]))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_options)
-        return Llama4CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None, **collected
-        )
+        return Llama4Output(**collected, **{"loss": loss, "logits": logits, CACHE: cache if use_cache else None})
 
     def _embedded(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None
@@ -134,9 +135,11 @@ class HookedLlama4ForCausalLM(HookedPreTrainedModel, GenerationMixin):
             raise ValueError(f"labels has shape {list(labels.shape)}, but there are {list(embedded.shape[:2])} tokens.")
         return embedded
 
-    def _wants_cache(self, use_cache: bool | None) -> bool:
-        if self.model.gradient_checkpointing and self.training:
-            return False  # the recomputed layers would write their keys twice
+    def _wants_cache(self, use_cache: bool | None, cache: Cache | None) -> bool:
+        if self.model.checkpointing:  # the recomputed layers would write their keys twice
+            if cache is not None and int(cache.get_seq_length()):
+                raise ValueError("A filled cache does not go with gradient checkpointing; call inside torch.no_grad().")
+            return False
         return bool(self.config.use_cache and not self.training) if use_cache is None else use_cache
 
     def _asked(self, argument: bool | None, name: str) -> bool:
@@ -208,14 +211,15 @@ class HookedLlama4(HookedPreTrainedModel, GenerationMixin):
         pixel_values: Float[Tensor, "tile channel height width"] | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Int[Tensor, "#batch seq"] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch seq d_model"] | None = None,
         labels: Int[Tensor, "batch seq"] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Int[Tensor, " kept"] = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        past_key_values: Cache | None = None,
         **options: Any,
-    ) -> Llama4CausalLMOutputWithPast:
+    ) -> Llama4Output:
         """Runs the model. What is not said here is as in `HookedLlama4ForCausalLM.forward`, errors too.
 
         Args:
@@ -223,12 +227,13 @@ class HookedLlama4(HookedPreTrainedModel, GenerationMixin):
             pixel_values: The tiles of all images of the batch, in the order in which their tokens appear.
             attention_mask: As there.
             position_ids: As there.
-            past_key_values: As there.
+            cache: As there.
             inputs_embeds: Input vectors instead of tokens, images merged in already.
             labels: As there.
             use_cache: As there.
             logits_to_keep: As there.
             mm_encoder_outputs: `{"image": get_image_features(...)}`, computed before.
+            past_key_values: As there.
             options: The `output_...` arguments and those of the loss, as there.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -238,22 +243,23 @@ class HookedLlama4(HookedPreTrainedModel, GenerationMixin):
             raise ValueError("Pass pixel_values with input_ids, and without inputs_embeds or mm_encoder_outputs.")
         if pixel_values is not None:
             encoded = self.get_image_features(pixel_values)
+        cache = one_cache(cache, past_key_values)
         options |= {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            "cache": cache,
             "labels": labels,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }
         if encoded is None:
-            self._check_no_image(input_ids, past_key_values)
+            self._check_no_image(input_ids, cache)
             return self.language_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **options)
         if input_ids is None:
             raise ValueError("mm_encoder_outputs needs input_ids, whose image patch tokens say where the vectors go.")
         vectors = cast(Tensor, encoded.last_hidden_state)
         output = self.language_model(inputs_embeds=self.merged(input_ids, vectors), **options)
-        output.image_hidden_states = encoded.last_hidden_state
+        output.add_images(encoded)
         return output
 
     def _check_no_image(self, input_ids: Tensor | None, cache: Cache | None) -> None:

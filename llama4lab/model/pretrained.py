@@ -1,18 +1,20 @@
 """What the text model and the multimodal model share: their place among transformers' models."""
 
 import copy
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Llama4Config, Llama4TextConfig, PreTrainedModel
+from transformers import GenerationMixin, Llama4Config, Llama4TextConfig, PreTrainedModel
 from transformers import initialization as init
 
 from llama4lab.model.cache import new_cache
 from llama4lab.model.config_parts import text_part
 from llama4lab.model.experts import Experts
 from llama4lab.model.hook_points import HookPoints, hook_points
+from llama4lab.model.output import CACHE, one_cache
 from llama4lab.model.promptable import Promptable
 from llama4lab.model.text import TextModel
 from llama4lab.model.vision import VisionModel
@@ -112,13 +114,21 @@ class HookedPreTrainedModel(Promptable, PreTrainedModel):
             config.architectures = [self.published_name]
             config.save_pretrained(save_directory)
 
+    @wraps(GenerationMixin.generate)  # pyright: ignore[reportAttributeAccessIssue] - its `self` is a protocol
+    def generate(self, *args: Any, **options: Any) -> Any:
+        # Either name of a cache works, whatever the installed transformers calls it.
+        given = one_cache(options.pop("cache", None), options.pop("past_key_values", None))
+        if given is not None:
+            options[CACHE] = given
+        return super().generate(*args, **options)  # pyright: ignore[reportAttributeAccessIssue] - see GenerationMixin
+
     def create_masks_for_generate(self, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
         """Leaves a mask as it is: the layers derive what they need from the positions."""
         return attention_mask
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> Any:
         kind = generation_config.cache_implementation
-        wanted = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
+        wanted = model_kwargs.get(CACHE) is None and generation_config.use_cache is not False
         if not wanted or kind not in (None, "dynamic", "offloaded"):
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # pyright: ignore
         if kind == "offloaded" and self.device.type == "cpu":
@@ -128,4 +138,4 @@ class HookedPreTrainedModel(Promptable, PreTrainedModel):
         cache = new_cache(text_part(self.config), offloading=kind == "offloaded")
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE] = cache

@@ -67,6 +67,11 @@ class TextModel(nn.Module):
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable | None = None
 
+    @property
+    def checkpointing(self) -> bool:
+        """Whether layers run again in the backward pass; never in a pass that records no gradients."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
     def embedded(self, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_model"]:
         """The embeddings of tokens.
 
@@ -108,7 +113,7 @@ class TextModel(nn.Module):
         assert self.config.layer_types is not None
         for layer, kind in zip(self.layers, self.config.layer_types, strict=False):
             mask = masks.get(kind) if masks is not None else None
-            if self.gradient_checkpointing and self.training and self._gradient_checkpointing_func is not None:
+            if self.checkpointing and self._gradient_checkpointing_func is not None:
                 x = self._gradient_checkpointing_func(layer.__call__, x, rotation, layout, None, mask)
             else:
                 x = layer(x, rotation, layout, cache, mask)

@@ -111,9 +111,9 @@ def test_pixels_for_a_model_without_vision_are_refused(model, batch):
 
 
 def test_a_cache_of_another_batch_is_refused(model):
-    cache = model(IDS, use_cache=True).past_key_values
+    cache = model(IDS, use_cache=True).cache
     with pytest.raises((ValueError, RuntimeError), match=r"9 tokens in 3 rows|[Ss]ize"):
-        model(torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
+        model(torch.ones(3, 1, dtype=torch.long), cache=cache)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 24, 12), (2, 1, 24, 24), (3, 24, 24)])
@@ -124,11 +124,11 @@ def test_pixels_of_another_shape_are_refused(shape, model, batch):
 
 def test_bad_input_leaves_a_cache_as_it_was(model, random_ids):
     ids = random_ids(1, 12)
-    cache = model.language_model(ids[:, :6], use_cache=True).past_key_values
+    cache = model.language_model(ids[:, :6], use_cache=True).cache
     with pytest.raises(ValueError, match="999"):
-        model.language_model(torch.tensor([[999]]), past_key_values=cache)
+        model.language_model(torch.tensor([[999]]), cache=cache)
     with pytest.raises(ValueError, match="7"):
-        model.language_model(ids[:, 6:], attention_mask=torch.ones(1, 7), past_key_values=cache)
+        model.language_model(ids[:, 6:], attention_mask=torch.ones(1, 7), cache=cache)
     with torch.no_grad():
-        logits = model.language_model(ids[:, 6:], past_key_values=cache).logits
+        logits = model.language_model(ids[:, 6:], cache=cache).logits
         torch.testing.assert_close(logits, model.language_model(ids).logits[:, 6:], atol=1e-5, rtol=0)

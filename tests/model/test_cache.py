@@ -15,8 +15,8 @@ def model(new_text_model):
 @torch.no_grad()
 def decode(model, ids, cache, cut: int) -> torch.Tensor:
     """The logits after feeding the first `cut` tokens, then one at a time."""
-    pieces = [model(ids[:, :cut], past_key_values=cache).logits]
-    pieces += [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(cut, ids.shape[1])]
+    pieces = [model(ids[:, :cut], cache=cache).logits]
+    pieces += [model(ids[:, at : at + 1], cache=cache).logits for at in range(cut, ids.shape[1])]
     return torch.cat(pieces, dim=1)
 
 
@@ -28,7 +28,7 @@ def kept(cache) -> list[int]:
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 40])
 def test_chunked_layers_keep_less_than_a_chunk_and_nope_layers_everything(length, model, random_ids):
-    cache = model(random_ids(2, length), use_cache=True).past_key_values
+    cache = model(random_ids(2, length), use_cache=True).cache
     assert kept(cache) == [min(length, 7)] * 3 + [length, min(length, 7)]
     assert cache.get_seq_length() == length
 
@@ -63,12 +63,10 @@ def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been(fed, removed, m
     expected = model(torch.cat([ids[:, :left], other], 1)).logits[:, left:]
     cache = new_cache(model.config)
     cache.activate_past_recording()
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     cache.crop(-removed)
     assert cache.get_seq_length() == left
-    logits = torch.cat(
-        [model(other[:, :5], past_key_values=cache).logits, model(other[:, 5:], past_key_values=cache).logits], 1
-    )
+    logits = torch.cat([model(other[:, :5], cache=cache).logits, model(other[:, 5:], cache=cache).logits], 1)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
@@ -80,7 +78,7 @@ def test_a_crop_without_recording_goes_on_rightly_or_is_refused(fed, removed, mo
     ids, other = random_ids(1, fed), random_ids(1, 12, seed=1)
     left = fed - removed
     cache = new_cache(model.config)
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     if fed - 7 > left // 8 * 8:  # the last 7 tokens are held; the chunk of token `left` begins before them
         with pytest.raises(ValueError, match=f"{removed} of {fed} tokens"):
             cache.crop(-removed)
@@ -88,11 +86,11 @@ def test_a_crop_without_recording_goes_on_rightly_or_is_refused(fed, removed, mo
         return
     cache.crop(-removed)
     expected = model(torch.cat([ids[:, :left], other], 1)).logits[:, left:]
-    torch.testing.assert_close(model(other, past_key_values=cache).logits, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(other, cache=cache).logits, expected, atol=1e-5, rtol=0)
 
 
 def test_a_refused_crop_leaves_every_layer_as_it_was(model, random_ids):
-    cache = model(random_ids(1, 20), use_cache=True).past_key_values
+    cache = model(random_ids(1, 20), use_cache=True).cache
     before = [(layer.get_seq_length(), layer.keys.clone()) for layer in cache.layers]
     with pytest.raises(ValueError, match="cannot go back"):
         cache.crop(-13)
@@ -105,9 +103,9 @@ def test_a_refused_crop_leaves_every_layer_as_it_was(model, random_ids):
 def test_reordered_rows_of_a_cache_decode_as_those_rows(model, random_ids):
     ids, after = random_ids(3, 13), random_ids(3, 6, seed=1)
     order = torch.tensor([2, 0, 0])
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True).cache
     cache.reorder_cache(order)
-    logits = model(after, past_key_values=cache).logits
+    logits = model(after, cache=cache).logits
     expected = model(torch.cat([ids[order], after], 1)).logits[:, 13:]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
@@ -117,10 +115,10 @@ def test_repeated_rows_of_a_padded_cache_decode_as_those_rows(model, random_ids)
     ids, after = random_ids(2, 13), random_ids(4, 6, seed=1)
     ids[1, :5] = 0
     mask = (ids != 0).long()
-    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache = model(ids, attention_mask=mask, use_cache=True).cache
     cache.batch_repeat_interleave(2)
     mask = torch.cat([mask.repeat_interleave(2, 0), torch.ones(4, 6, dtype=torch.long)], 1)
-    logits = model(after, attention_mask=mask, past_key_values=cache).logits
+    logits = model(after, attention_mask=mask, cache=cache).logits
     whole = torch.cat([ids.repeat_interleave(2, 0), after], 1)
     expected = model(whole, attention_mask=mask).logits[:, 13:]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
@@ -132,10 +130,10 @@ def test_padded_rows_that_beam_search_reorders_keep_their_own_padding(model, ran
     ids, after = random_ids(2, 13), random_ids(2, 6, seed=1)
     ids[1, :5] = 0
     mask, order = (ids != 0).long(), torch.tensor([1, 0])
-    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache = model(ids, attention_mask=mask, use_cache=True).cache
     cache.reorder_cache(order)
     mask = torch.cat([mask[order], torch.ones(2, 6, dtype=torch.long)], 1)
-    logits = model(after, attention_mask=mask, past_key_values=cache).logits
+    logits = model(after, attention_mask=mask, cache=cache).logits
     expected = model(torch.cat([ids[order], after], 1), attention_mask=mask).logits[:, 13:]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
@@ -146,10 +144,10 @@ def test_decoding_after_padding_behind_the_tokens_is_right_or_refused(model, ran
     ids, after = random_ids(1, 3), random_ids(1, 1, seed=1)
     padded = torch.cat([ids, torch.zeros(1, 10, dtype=torch.long)], 1)
     mask = (padded != 0).long()
-    cache = model(padded, attention_mask=mask, use_cache=True).past_key_values
+    cache = model(padded, attention_mask=mask, use_cache=True).cache
     mask = torch.cat([mask, torch.ones(1, 1, dtype=torch.long)], 1)
     with pytest.raises(ValueError, match=r"(?i)padding"):
-        model(after, attention_mask=mask, past_key_values=cache)
+        model(after, attention_mask=mask, cache=cache)
 
 
 @torch.no_grad()
@@ -157,8 +155,8 @@ def test_positions_that_start_later_go_on_in_the_cache(model, random_ids):
     ids, positions = random_ids(2, 20), torch.arange(5, 25)[None]
     expected = model(ids, position_ids=positions).logits
     cache = new_cache(model.config)
-    pieces = [model(ids[:, :6], position_ids=positions[:, :6], past_key_values=cache).logits]
-    pieces += [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(6, 20)]
+    pieces = [model(ids[:, :6], position_ids=positions[:, :6], cache=cache).logits]
+    pieces += [model(ids[:, at : at + 1], cache=cache).logits for at in range(6, 20)]
     torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-5, rtol=0)
 
 
@@ -169,5 +167,5 @@ def test_a_model_without_chunks_keeps_everything(new_text_model, random_ids):
 
 @torch.no_grad()
 def test_a_pass_without_cache_returns_none(model, random_ids):
-    assert model(random_ids(1, 5), use_cache=False).past_key_values is None
-    assert model(random_ids(1, 5)).past_key_values is not None  # as the config says
+    assert model(random_ids(1, 5), use_cache=False).cache is None
+    assert model(random_ids(1, 5)).cache is not None  # as the config says

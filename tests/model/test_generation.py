@@ -136,8 +136,8 @@ def test_generation_from_input_vectors_gives_the_tokens_of_generation_from_ids(m
 
 def test_generation_goes_on_in_a_cache_that_was_filled_before(model, ids, greedy):
     with torch.no_grad():
-        cache = model(ids[:, :12], use_cache=True).past_key_values
-    assert torch.equal(generate(model, ids, past_key_values=cache), greedy)
+        cache = model(ids[:, :12], use_cache=True).cache
+    assert torch.equal(generate(model, ids, cache=cache), greedy)
 
 
 def test_generation_stops_at_the_end_token_and_fills_with_padding(model, ids, greedy):
@@ -168,7 +168,7 @@ def test_a_hook_acts_on_every_step(model, ids, greedy):
 @pytest.mark.parametrize("cache", ["bare", "of the config"])
 def test_a_cache_of_transformers_gives_the_tokens_of_full_passes(cache, model, ids, greedy):
     filled = DynamicCache() if cache == "bare" else DynamicCache(config=model.config)
-    assert torch.equal(generate(model, ids, past_key_values=filled), greedy)
+    assert torch.equal(generate(model, ids, cache=filled), greedy)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can offload")

@@ -22,9 +22,9 @@ def point(model, name: str):
 def test_steps_of_one_token_stay_in_their_chunk(prefill, model, random_ids):
     """D1: with Meta's cache, such a step attends to everything: logits off by up to 9 from the second chunk on."""
     ids, seen = random_ids(1, 30), []
-    cache = model(ids[:, :prefill], use_cache=True).past_key_values
+    cache = model(ids[:, :prefill], use_cache=True).cache
     with point(model, "layers.0.self_attn.pattern").register_forward_hook(lambda m, a, x: seen.append(x)):
-        steps = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(prefill, 30)]
+        steps = [model(ids[:, at : at + 1], cache=cache).logits for at in range(prefill, 30)]
     torch.testing.assert_close(torch.cat(steps, 1), model(ids).logits[:, prefill:], atol=1e-5, rtol=0)
     for at, pattern in zip(range(prefill, 30), seen, strict=True):
         assert (pattern[0, 0, 0] > 0).sum() == at % 8 + 1
@@ -36,8 +36,8 @@ def test_a_cache_goes_on_with_several_tokens(cuts, model, random_ids):
     """D1b: Meta's mask is as long as the pass, without the cache: RuntimeError."""
     ids, cache, pieces = random_ids(2, 25), None, []
     for piece in torch.tensor_split(ids, cuts, dim=1):
-        output = model(piece, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(piece, cache=cache, use_cache=True)
+        cache = output.cache
         pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), model(ids).logits, atol=1e-5, rtol=0)
 

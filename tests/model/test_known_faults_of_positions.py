@@ -103,8 +103,8 @@ def test_temperature_works_in_bfloat16_and_keeps_the_dtype(new_text_model, rando
     model = new_text_model(dtype=torch.bfloat16)
     ids = random_ids(1, 30)
     assert seen(model, "layers.3.self_attn.q_rot", ids).dtype == torch.bfloat16
-    cache = model(ids[:, :20], use_cache=True).past_key_values
-    assert model(ids[:, 20:], past_key_values=cache).logits.isfinite().all()
+    cache = model(ids[:, :20], use_cache=True).cache
+    assert model(ids[:, 20:], cache=cache).logits.isfinite().all()
     assert cache.layers[3].keys.dtype == torch.bfloat16
 
 

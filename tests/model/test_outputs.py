@@ -121,8 +121,8 @@ def test_no_hook_stays_after_outputs_were_asked_for(model, ids):
 
 
 def test_outputs_of_a_decoding_step_are_of_that_step(model, ids):
-    cache = run(model, ids[:, :18], use_cache=True).past_key_values
-    output = run(model, ids[:, 18:], past_key_values=cache, output_attentions=True, output_hidden_states=True)
+    cache = run(model, ids[:, :18], use_cache=True).cache
+    output = run(model, ids[:, 18:], cache=cache, output_attentions=True, output_hidden_states=True)
     full = run(model, ids, output_attentions=True, output_hidden_states=True)
     assert [tuple(x.shape) for x in output.hidden_states] == [(2, 2, 64)] * (LAYERS + 1)
     # The NoPE layer attends to all 20 tokens, a chunked one to those that its cache gave.

@@ -90,7 +90,24 @@ def test_a_cache_asked_for_with_checkpointing_is_not_filled_twice(model, random_
     model.gradient_checkpointing_enable()
     output = model(random_ids(1, 9), labels=random_ids(1, 9), use_cache=True)
     output.loss.backward()
-    assert output.past_key_values is None or output.past_key_values.get_seq_length() == 9
+    assert output.cache is None or output.cache.get_seq_length() == 9
+
+
+def test_generation_in_training_with_checkpointing_gives_the_tokens_of_the_model(model, random_ids):
+    ids = random_ids(2, 9)
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids, **asked)
+    model.gradient_checkpointing_enable()
+    assert torch.equal(model.generate(ids, **asked), expected)
+
+
+def test_a_filled_cache_is_refused_where_layers_are_computed_twice(model, random_ids):
+    ids = random_ids(1, 9)
+    with torch.no_grad():
+        cache = model(ids[:, :5], use_cache=True).cache
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing; call inside"):
+        model(ids[:, 5:], cache=cache)
 
 
 def test_hook_points_work_inside_checkpointed_layers(model, random_ids):
@@ -102,7 +119,7 @@ def test_hook_points_work_inside_checkpointed_layers(model, random_ids):
 
 
 def test_training_makes_no_cache_unless_asked(model, random_ids):
-    assert model(random_ids(1, 9)).past_key_values is None
+    assert model(random_ids(1, 9)).cache is None
 
 
 @pytest.mark.parametrize("kernel", ["auto", "sdpa", "eager"])

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama4lab.model.output import CACHE
+
 LENGTH = 40
 CHUNK = 8
 
@@ -27,9 +29,9 @@ def decoded(model, ids: torch.Tensor, cuts: list[int], **options) -> torch.Tenso
     """Logits of a prompt that is fed in pieces, each after the cache of the pieces before."""
     pieces, cache = [], None
     for start, stop in pairwise([0, *cuts, ids.shape[1]]):
-        step = {name: value[:, :stop] for name, value in options.items()}
-        output = model(ids[:, start:stop], past_key_values=cache, use_cache=True, **step)
-        cache = output.past_key_values
+        step = {name: value[:, :stop] for name, value in options.items()} | {CACHE: cache}
+        output = model(ids[:, start:stop], use_cache=True, **step)
+        cache = output[CACHE]
         pieces.append(output.logits)
     return torch.cat(pieces, dim=1)
 

@@ -220,6 +220,6 @@ def test_decoding_with_our_cache_equals_the_whole_pass_of_meta(of_meta, new_text
     ours = new_text_model(**SIZES)
     theirs = of_meta(ours)
     ids = random_ids(2, 30)
-    cache = ours(ids[:, :5], use_cache=True).past_key_values
-    steps = [ours(ids[:, at : at + 1], past_key_values=cache).logits for at in range(5, 30)]
+    cache = ours(ids[:, :5], use_cache=True).cache
+    steps = [ours(ids[:, at : at + 1], cache=cache).logits for at in range(5, 30)]
     torch.testing.assert_close(torch.cat(steps, 1), logits_of(theirs, ids)[:, 5:], atol=2e-5, rtol=0)
