@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 
 import llama4lab as lab
 from llama4lab.run.metrics import evaluated, logit_diff, loss
-from llama4lab.run.route_content import EFFECTS, route_and_content
-from llama4lab.run.route_variants import VARIANTS
+from llama4lab.run.routes.content import EFFECTS, route_and_content
+from llama4lab.run.routes.variants import VARIANTS
 from llama4lab.run.steering import steered
 from llama4lab.tiny.domains.facts import COUNTRIES
 from llama4lab.tiny.domains.translation import NUMBER_WORDS
@@ -113,7 +113,7 @@ def test_each_position_equals_a_pass_patched_at_that_position(small):
 def test_many_cells_in_several_passes_are_the_same(small, monkeypatch):
     clean, corrupted = small.prompt(CLEAN), small.prompt(CORRUPTED)
     whole = route_and_content(small, clean, corrupted, metric=METRIC)
-    monkeypatch.setattr("llama4lab.run.route_variants.TOKENS", 50)  # 21 tokens a cell
+    monkeypatch.setattr("llama4lab.run.routes.variants.TOKENS", 50)  # 21 tokens a cell
     assert np.allclose(route_and_content(small, clean, corrupted, metric=METRIC), whole, atol=2e-5)
 
 

@@ -18,7 +18,7 @@ from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.prompt.prompt import Prompt
 from llama4lab.run.metrics import Metric, as_metric
 from llama4lab.run.pairing import Side, other_side, paired
-from llama4lab.run.route_variants import VARIANTS, Cell, Observed, measured, observed
+from llama4lab.run.routes.variants import VARIANTS, Cell, Observed, measured, observed
 
 EFFECTS = ("route_effect", "content_effect", "total_effect", "gate_effect", "interaction")
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import llama4lab as lab
-from llama4lab.run.routing_freeze import frozen_routing
+from llama4lab.run.routes.freeze import frozen_routing
 from llama4lab.run.steering import steered
 
 TEXT = "When Mary and John went to the store, John gave a drink to"

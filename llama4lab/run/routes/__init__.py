@@ -1,0 +1,1 @@
+"""Where tokens go: changed, held, replayed, and told apart from what flows."""
