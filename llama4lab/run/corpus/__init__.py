@@ -1,0 +1,1 @@
+"""Counting what routers do with a corpus."""
