@@ -18,6 +18,8 @@ from llama4lab.run.attribution_result import Attribution as Attribution
 from llama4lab.run.cell_patching import cell_patches as cell_patches
 from llama4lab.run.circuit import Circuit as Circuit
 from llama4lab.run.circuit_evaluation import faithfulness as faithfulness
+from llama4lab.run.corpus.counting import routing_stats as routing_stats
+from llama4lab.run.corpus.stats import RoutingStats as RoutingStats
 from llama4lab.run.edge_attribution import EdgeAttribution as EdgeAttribution
 from llama4lab.run.edges import attribute_edges as attribute_edges
 from llama4lab.run.generation import generate as generate
@@ -26,8 +28,10 @@ from llama4lab.run.patching import patched as patched
 from llama4lab.run.paths import PathEffects as PathEffects
 from llama4lab.run.paths import patch_paths as patch_paths
 from llama4lab.run.recording import record as record
-from llama4lab.run.route_content import route_and_content as route_and_content
-from llama4lab.run.routing_freeze import frozen_routing as frozen_routing
+from llama4lab.run.routes.content import route_and_content as route_and_content
+from llama4lab.run.routes.freeze import frozen_routing as frozen_routing
+from llama4lab.run.routes.rerouting import rerouted as rerouted
+from llama4lab.run.routes.routed_experts import RoutedExperts as RoutedExperts
 from llama4lab.run.run import Run as Run
 from llama4lab.run.size import recorded_nbytes as recorded_nbytes
 from llama4lab.run.steering import steered as steered

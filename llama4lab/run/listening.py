@@ -53,6 +53,11 @@ def silent(names: Mapping[str, Any] | list[str], fired: set[str], *, images: boo
     raise RuntimeError(f"{len(missing)} hook points never fired: {shown}.\n{reason}")
 
 
+def is_hooked(model: HookedPreTrainedModel) -> bool:
+    """Whether somebody listens to the model or edits it: their functions expect ordinary tensors of whole passes."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def _hook(name: str, listener: Listener, fired: set[str]) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
     def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
         fired.add(name)

@@ -57,7 +57,9 @@ class BoundMetric:
         self, logits: Float[Tensor, "n position vocab"], rows: Int[Tensor, " n"], batch: int
     ) -> Float[Tensor, " n"]:
         """The value of each row of one or more copies of the prompt, `batch` rows each, one copy after the other."""
-        if self.by_row or not len(rows):
+        if not len(rows):  # a function of the logits may not know what to make of none
+            return logits.new_zeros(0)
+        if self.by_row:
             return self(logits, rows)
         copies = zip(logits.split(batch), rows.split(batch), strict=True)
         return torch.cat([self(some, own) for some, own in copies])

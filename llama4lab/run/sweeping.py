@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.run.cell_patching import recorded_source, single_runs
+from llama4lab.run.listening import is_hooked
 from llama4lab.run.metrics import Metric, as_metric
 from llama4lab.run.pairing import Mapped, Side, other_side, paired
 from llama4lab.run.recording import record
@@ -104,16 +105,11 @@ def sweep(
         unit="cell",
         bar_format="{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} cells [{elapsed}<{remaining}]",
     ) as bar:
-        if _hooked(model):
+        if is_hooked(model):  # every cell gets a run of its own
             _run_singly(state, bar)
         else:
             _run_together(state, running.get("memory"), bar)
     return state.sweep
-
-
-def _hooked(model: HookedPreTrainedModel) -> bool:
-    """Whether somebody else listens: their functions expect ordinary tensors, so every cell gets a run of its own."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def _run_together(state: "_State", memory: str | int | None, bar: tqdm) -> None:

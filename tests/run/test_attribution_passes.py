@@ -8,7 +8,7 @@ import llama4lab as lab
 from llama4lab.run.attribution import attribute
 from llama4lab.run.metrics import log_prob, logit_diff
 from llama4lab.run.recording import record
-from llama4lab.run.routing_freeze import frozen_routing
+from llama4lab.run.routes.freeze import frozen_routing
 
 CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPTED = "When Mary and John went to the store, Mary gave a drink to"
