@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama4lab.run.run import Run
+from llama4lab.tables.routing.writes import sizes_of_writes
 from llama4lab.tables.token_index import at_tokens, tokens_of
 
 ROUTER = "feed_forward.router."
@@ -34,6 +35,13 @@ def decisions(run: Run) -> pd.DataFrame:
             sigmoid; the softmax is a way to look at it.
         runner_up: the best expert not chosen; missing if there is none.
 
+    And, where these hook points were recorded (missing in layers where they were not):
+        routed_norm: L2 norm of what the expert wrote, from `experts.out`. The gate is in it: Llama 4 scales the
+            expert's input, so that it is |f(gate * x)|, not gate * |f(x)|.
+        shared_norm: of what the shared expert wrote, from `shared_expert.out`.
+        attention_norm: of what attention wrote, from `self_attn.out`.
+        cosine: between what the routed and what the shared expert wrote.
+
     `attrs["num_experts"]` has the number of experts.
 
     Raises:
@@ -49,6 +57,7 @@ def decisions(run: Run) -> pd.DataFrame:
     for layer, chosen in indices.items():
         gate = at_tokens(gates[layer], tokens) if layer in gates else None
         columns = _choices(at_tokens(logits[layer], tokens), at_tokens(chosen, tokens), gate)
+        columns |= sizes_of_writes(run, layer, tokens)
         parts.append(_by_slot(tokens, layer, columns))
     table = pd.concat(parts, ignore_index=True)
     table = table.sort_values(["row", "layer", "position", "slot"], ignore_index=True)
