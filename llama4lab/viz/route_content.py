@@ -1,4 +1,4 @@
-"""Plots of `llama4lab.run.route_content`."""
+"""Plots of `llama4lab.run.routes.content`."""
 
 from typing import Literal
 

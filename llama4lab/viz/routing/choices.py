@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from llama4lab.viz import style
 from llama4lab.viz.expert_colors import expert_colors
 from llama4lab.viz.legend import expert_patches, gate_patches, legend_beside
+from llama4lab.viz.routing.checking import check
 from llama4lab.viz.token_axis import label_tokens
 
 MISSING = 0.93  # light grey
@@ -26,11 +27,13 @@ def decisions(table: pd.DataFrame, *, ax: Axes | None = None, row: int = 0) -> A
     Raises:
         ValueError: if the table has no such row.
     """
+    check(table, "row", "layer", "position", "slot", "token", "expert", "gate")
     own = style.only(table, "row", row)
     layers, positions = np.unique(own["layer"]), np.unique(own["position"])
-    slots = int(np.max(own["slot"])) + 1
+    chosen = np.unique(own["slot"])
+    slots = len(chosen)
     column = np.searchsorted(positions, own["position"])
-    line = np.searchsorted(layers, own["layer"]) * slots + slots - 1 - own["slot"].to_numpy()
+    line = np.searchsorted(layers, own["layer"]) * slots + slots - 1 - np.searchsorted(chosen, own["slot"])
     picture = np.full((len(layers) * slots, len(positions), 3), MISSING)
     picture[line, column] = expert_colors(own["expert"].to_numpy(), own["gate"].to_numpy())
 

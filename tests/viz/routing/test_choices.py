@@ -100,10 +100,11 @@ def test_load_map_has_a_cell_for_each_layer_and_expert(written):
     assert ax.images[0].get_clim() == (0, 0.6)
 
 
-def test_load_map_marks_idle_experts(written):
+def test_load_map_marks_idle_experts_where_there_is_room():
     ax = expert_load(load_table({1: [0.5, 0.5, 0]}))
-    assert written(ax) == ["×"]
-    assert ax.texts[0].get_position() == (2, 0)
+    assert ax.collections[0].get_offsets().tolist() == [[2, 0]]
+    many = load_table({layer: [0, *[1 / 127] * 127] for layer in range(48)})
+    assert not expert_load(many, ax=plt.subplots(figsize=(4, 3))[1]).collections
 
 
 def test_the_scale_of_the_map_has_a_line_at_the_uniform_share():
