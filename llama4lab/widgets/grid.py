@@ -1,52 +1,38 @@
 """`Grid`: a matrix of coloured cells to point at, drawn by the browser."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import anywidget
 import matplotlib.pyplot as plt
-import numpy as np
 import traitlets
 from matplotlib.axes import Axes
 
 from llama4lab.viz import style
 from llama4lab.viz.token_axis import token_label
-from llama4lab.widgets.fallback import WithFallback
-from llama4lab.widgets.levels import MISSING, Levels
+from llama4lab.widgets.colored import Colored, script
+from llama4lab.widgets.levels import Levels
 
-STATIC = Path(__file__).parent / "static"
 LONGEST = 16
 MOST_LABELS = 40  # along a side of the picture
 Texts = Sequence[Sequence[str]]
 
 
-class Grid(WithFallback, anywidget.AnyWidget):
+class Grid(Colored):
     """A matrix of coloured cells: hover for a tooltip, click or use the arrow keys to select a cell.
 
     Attributes:
         selected: Row and column of the selected cell, or nothing. Set it to select from code.
-        version: Counts the pictures.
     """
 
-    _esm = STATIC / "grid.js"
-    _css = STATIC / "grid.css"
+    _esm = script("grid")
 
-    cells = traitlets.Bytes().tag(sync=True)
-    palette = traitlets.Bytes().tag(sync=True)
-    numbers = traitlets.Bytes().tag(sync=True)
     shape = traitlets.List(traitlets.Int()).tag(sync=True)
-    limits = traitlets.List(traitlets.Float()).tag(sync=True)
-    ticks = traitlets.List().tag(sync=True)
-    names = traitlets.List(traitlets.Unicode()).tag(sync=True)
     rows = traitlets.List(traitlets.Unicode()).tag(sync=True)
     columns = traitlets.List(traitlets.Unicode()).tag(sync=True)
     texts = traitlets.List(traitlets.Unicode()).tag(sync=True)
-    notes = traitlets.List(traitlets.Unicode()).tag(sync=True)
     titles = traitlets.List(traitlets.Unicode()).tag(sync=True)
     upward = traitlets.Bool(False).tag(sync=True)
     selected = traitlets.List(traitlets.Int()).tag(sync=True)
-    version = traitlets.Int(0).tag(sync=True)
 
     def __init__(
         self,
@@ -105,14 +91,10 @@ class Grid(WithFallback, anywidget.AnyWidget):
         flat = [_flat(each, levels.shape) for each in (texts, notes)]
         kept = self.selected if self.selected and _inside(self.selected, levels.shape) else []
         with self.hold_sync():
-            self.cells, self.palette, self.numbers = levels.cells, levels.palette, levels.numbers
-            self.shape, self.limits, self.names = list(levels.shape), list(levels.limits), levels.names
-            self.ticks = [list(tick) for tick in levels.ticks]
-            self.rows, self.columns = list(rows), list(columns)
-            self.texts, self.notes = flat
+            self.shape, self.rows, self.columns = list(levels.shape), list(rows), list(columns)
             self.titles = [*(titles or self.titles[:2]), levels.title]
-            self.selected = kept
-            self.version += 1
+            self.texts, self.selected = flat[0], kept
+            self.take(levels, flat[1])
 
     @traitlets.validate("selected")
     def _exists(self, proposal: Any) -> list[int]:
@@ -132,11 +114,13 @@ class Grid(WithFallback, anywidget.AnyWidget):
         return self.twin() if self.twin is not None else self._plain()
 
     def _plain(self) -> Axes:
-        cells = np.frombuffer(self.cells, np.uint8).reshape(self.shape)
-        colors = np.frombuffer(self.palette, np.uint8).reshape(256, 3).copy()
-        colors[MISSING] = 230
         ax = style.axes(None, 2.2 + 0.25 * self.shape[1], 2.2 + 0.25 * self.shape[0])
-        ax.imshow(colors[cells], aspect="auto", origin="lower" if self.upward else "upper", interpolation="nearest")
+        ax.imshow(
+            self.colors().reshape(*self.shape, 3),
+            aspect="auto",
+            origin="lower" if self.upward else "upper",
+            interpolation="nearest",
+        )
         for axis, labels, size in ((ax.xaxis, self.columns, self.shape[1]), (ax.yaxis, self.rows, self.shape[0])):
             step = -(-size // MOST_LABELS)
             axis.set_ticks(range(0, size, step), [_drawable(label) for label in labels[::step]])

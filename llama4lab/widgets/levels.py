@@ -26,6 +26,8 @@ class Levels:
         ticks: Where on the scale (0 to 1) which number is written.
         limits: The numbers of the levels 0 and 254.
         numbers: The exact numbers as 32-bit floats, for tooltips; empty for classes and for large grids.
+        strengths: One byte for each cell of classes: how strong its colour is; empty where all are at full strength.
+        strength_title: What the strength means.
     """
 
     shape: tuple[int, int]
@@ -36,6 +38,8 @@ class Levels:
     ticks: list[tuple[float, str]] = field(default_factory=list)
     limits: tuple[float, float] = (0.0, 1.0)
     numbers: bytes = b""
+    strengths: bytes = b""
+    strength_title: str = ""
 
     @classmethod
     def of_numbers(
@@ -77,6 +81,7 @@ class Levels:
         colors: Float[np.ndarray, "class 3"],
         *,
         title: str,
+        strengths: tuple[str, np.ndarray] | None = None,
     ) -> "Levels":
         """One of up to 255 classes in each cell.
 
@@ -85,9 +90,12 @@ class Levels:
             names: The name of each class.
             colors: Red, green and blue (0 to 1) of each class.
             title: What the classes are.
+            strengths: What the strength of a colour means, and that of each cell, from 0 to 1: the weaker, the fainter
+                the colour.
 
         Raises:
-            ValueError: if there are more cells or classes than can be sent, or a class without name or colour.
+            ValueError: if there are more cells or classes than can be sent, a class without name or colour, or
+                strengths of another shape.
         """
         _check_size(classes)
         highest = int(classes.max(initial=-1))
@@ -97,7 +105,21 @@ class Levels:
                 f"Give every class one of each; {STEPS} classes can be shown."
             )
         cells = np.where(classes < 0, MISSING, classes).astype(np.uint8)
-        return cls(_shape(classes), cells.tobytes(), _packed(colors), title, list(names))
+        packed, strength_title = b"", ""
+        if strengths is not None:
+            strength_title, values = strengths
+            if values.shape != classes.shape:
+                raise ValueError(f"There are strengths for {values.shape} cells and classes for {classes.shape}.")
+            packed = np.rint(255 * np.nan_to_num(values).clip(0, 1)).astype(np.uint8).tobytes()
+        return cls(
+            _shape(classes),
+            cells.tobytes(),
+            _packed(colors),
+            title,
+            list(names),
+            strengths=packed,
+            strength_title=strength_title,
+        )
 
 
 def _check_size(values: np.ndarray) -> None:

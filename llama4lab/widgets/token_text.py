@@ -1,12 +1,11 @@
-"""Tokens as text that a browser can show in one line, whatever they hold."""
+"""Tokens as text that a browser can show, whatever they hold. It is plain text: escape it where it becomes HTML."""
 
 MARKS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
+BREAKS = {"\n": "↵\n", "\t": "⇥", "\r": "␍", "": "·"}
 
 
 def visible(token: str, longest: int = 24) -> str:
     r"""Gives a token as one line: spaces and line ends as marks, what cannot be printed as its code (`\u202e`).
-
-    It is plain text and may hold `<` and `&`: escape it where it becomes HTML.
 
     Args:
         token: The token's text.
@@ -14,8 +13,19 @@ def visible(token: str, longest: int = 24) -> str:
     """
     shown = ""
     for character in token:
-        mark = MARKS.get(character, character)
-        shown += mark if mark.isprintable() else mark.encode("unicode_escape").decode()
+        shown += _printed(MARKS.get(character, character))
         if len(shown) > longest:
             return shown[: longest - 1] + "…"
     return shown
+
+
+def readable(token: str) -> str:
+    r"""Gives a token as a part of a text that is read: spaces stay, a line end is marked and stays.
+
+    What cannot be printed becomes its code, so that no token turns the text around it the other way (`\u202e`).
+    """
+    return "".join(BREAKS.get(character) or _printed(character) for character in token) or BREAKS[""]
+
+
+def _printed(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()

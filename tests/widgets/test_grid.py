@@ -91,7 +91,7 @@ def test_the_plain_picture_has_the_colours_of_the_grid(grid):
     ax = grid.draw()
     palette = np.frombuffer(grid.palette, np.uint8).reshape(256, 3)
     shown = np.asarray(ax.images[0].get_array())
-    assert (shown == palette[np.frombuffer(grid.cells, np.uint8).reshape(2, 3)]).all()
+    assert np.allclose(shown, palette[np.frombuffer(grid.cells, np.uint8).reshape(2, 3)] / 255)
     assert not ax.yaxis_inverted()
     assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("token", "layer", "effect")
 

@@ -17,6 +17,11 @@ names = [str(place) for place in range(1000)]
 large = Grid(Levels.of_numbers(ramp, Normalize(-1, 1), style.DIVERGING, title="ramp"), names, names).add_class("large")
 classes = Levels.of_classes(np.array([[0, 1, -1]]), ["<b>one</b>", "two"], expert_colors(np.arange(2)), title="expert")
 texts = [["<i>a</i>", "b", "c"]]
+many = np.arange(128)[None]
+names = [str(place) for place in range(128)]
+crowd = Levels.of_classes(np.hstack([many, many[:, :20]]), names, expert_colors(many[0]), title="expert",
+                          strengths=("gate", np.linspace(0, 1, 148)[None]))
+crowd = Grid(crowd, ["0"], names + names[:20]).add_class("crowd")
 small = Grid(classes, ["0"], ["x", "y", "z"], titles=("layer", "token"), texts=texts, notes=texts).add_class("small")
 """
 
@@ -47,3 +52,11 @@ def test_classes_and_texts_are_named_in_legend_and_tooltip(notebook):
     theme = "() => { void window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}); }"
     lab.page.evaluate(theme)
     lab.wait_for_change(".small", light)  # the labels have changed colour
+
+
+def test_many_classes_have_a_short_legend_and_their_strength(notebook):
+    lab = notebook([GRIDS, "crowd"], name="crowd")
+    legend = lab.locator(".crowd .l4-legend").inner_text().split()
+    assert legend[:17] == ["expert", *map(str, range(16))]
+    assert " ".join(legend[17:]) == "+ 112 more gate 1 0.5 0"
+    assert "gate: about 0.01" in lab.tooltip(".crowd", 0, 1)

@@ -69,3 +69,13 @@ def test_what_cannot_be_shown_is_refused():
         Levels.of_numbers(np.ones((1, 1)), LogNorm(1, 100), style.SEQUENTIAL, title="x")
     with pytest.raises(ValueError, match="1 names and 1 colours for classes up to 1"):
         Levels.of_classes(np.array([[0, 1]]), ["a"], np.zeros((1, 3)), title="x")
+
+
+def test_classes_can_be_faint():
+    classes, gates = np.array([[0, 1, -1]]), np.array([[0.0, 1.0, np.nan]])
+    names, palette = ["0", "1"], expert_colors(np.arange(2))
+    levels = Levels.of_classes(classes, names, palette, title="expert", strengths=("gate", gates))
+    assert list(levels.strengths) == [0, 255, 0]
+    assert levels.strength_title == "gate"
+    with pytest.raises(ValueError, match=r"strengths for \(1, 2\) cells and classes for \(1, 3\)"):
+        Levels.of_classes(classes, names, palette, title="expert", strengths=("gate", np.zeros((1, 2))))

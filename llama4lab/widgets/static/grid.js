@@ -6,16 +6,6 @@ const LINE = 12; // pixels for one line of text
 const [SIDE, BELOW] = [150, 90]; // pixels for the longest row and column label
 const VIEW = 520; // pixels of cells that are seen at once, downwards
 
-const bytes = (view) => (view ? new Uint8Array(view.buffer, view.byteOffset, view.byteLength) : new Uint8Array());
-const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
-const make = (tag, name, parent, text = "") => {
-  const node = document.createElement(tag);
-  node.className = name;
-  node.textContent = text; // never as HTML: labels hold tokens, and tokens hold anything
-  parent.append(node);
-  return node;
-};
-
 function render({ model, el }) {
   const root = make("div", "l4-root", el);
   const scroll = make("div", "l4-scroll", root);
@@ -23,25 +13,26 @@ function render({ model, el }) {
   const canvas = make("canvas", "", space);
   const legend = make("div", "l4-legend", root);
   const said = make("div", "l4-said", root); // what a screen reader says
-  const tip = make("div", "l4-tip", root);
+  const tip = makeTip(root);
   const paint = canvas.getContext("2d");
   const image = document.createElement("canvas"); // one pixel a cell
   let [data, at, hovered, seenWidth] = [null, null, null, 0];
-  tip.popover = "manual"; // the top layer, where no output area cuts it off
   said.ariaLive = "polite";
   Object.assign(canvas, { tabIndex: 0, role: "application" });
   canvas.dataset.lmSuppressShortcuts = "true"; // arrow keys move the selection here, not the notebook's
 
   function read() {
-    const names = ["names", "rows", "columns", "texts", "notes", "titles", "limits", "ticks", "upward", "shape"];
-    data = Object.fromEntries(names.map((name) => [name, model.get(name)]));
-    for (const name of ["cells", "palette"]) data[name] = bytes(model.get(name));
-    const numbers = bytes(model.get("numbers")).slice();
-    data.numbers = numbers.length ? new Float32Array(numbers.buffer) : null;
+    const names = ["rows", "columns", "texts", "titles", "upward", "shape"];
+    data = { ...readColors(model), ...Object.fromEntries(names.map((name) => [name, model.get(name)])) };
     [data.height, data.width] = data.shape;
-    const [row, column, title] = data.titles;
-    canvas.ariaLabel = `${title}: ${data.height} ${row} by ${data.width} ${column}; arrow keys select a cell`;
-    drawLegend();
+    const [row, column] = data.titles;
+    canvas.ariaLabel = `${data.title}: ${data.height} ${row} by ${data.width} ${column}; arrow keys select a cell`;
+    paintAll();
+  }
+
+  function paintAll() {
+    data.dark = isDark(root);
+    drawLegend(legend, data);
     draw();
   }
 
@@ -54,7 +45,7 @@ function render({ model, el }) {
     const left = 24 + longest(data.rows, SIDE);
     const room = Math.max(120, (root.clientWidth || 640) - left - 20);
     const written = data.texts.length > 0;
-    const w = whole(written ? longest(data.texts, 80) + 8 : clamp(room / data.width, 5, 34));
+    const w = whole(Math.max(written ? longest(data.texts, 80) + 8 : 0, clamp(room / data.width, 5, 34)));
     const h = whole(written ? 20 : clamp(VIEW / data.height, 5, 22));
     const label = longest(data.columns, BELOW);
     const flat = label + 6 <= w || label < 2 * LINE; // numbers lie, words stand
@@ -107,8 +98,8 @@ function render({ model, el }) {
     const picture = new ImageData(x1 - x0, y1 - y0);
     for (let y = y0, i = 0; y < y1; y++)
       for (let x = x0; x < x1; x++, i += 4) {
-        const level = data.cells[line(y) * data.width + x];
-        if (level < 255) picture.data.set([...data.palette.subarray(3 * level, 3 * level + 3), 255], i);
+        const rgb = cellColor(data, line(y) * data.width + x);
+        if (rgb) picture.data.set([rgb[0], rgb[1], rgb[2], 255], i);
       }
     image.getContext("2d").putImageData(picture, 0, 0);
     paint.imageSmoothingEnabled = false;
@@ -125,10 +116,8 @@ function render({ model, el }) {
 
   function drawText(row, column) {
     const cell = row * data.width + column;
-    const level = data.cells[cell];
-    const [r, g, b] = [0, 1, 2].map((c) => (data.palette[3 * level + c] / 255) ** 2.2);
-    const ink = 0.2126 * r + 0.7152 * g + 0.0722 * b < 0.3 ? "#fff" : "#222";
-    Object.assign(paint, { textAlign: "center", textBaseline: "middle", fillStyle: level < 255 ? ink : at.ink });
+    const rgb = cellColor(data, cell);
+    Object.assign(paint, { textAlign: "center", textBaseline: "middle", fillStyle: rgb ? inkOn(rgb) : at.ink });
     const [x, y] = box(row, column);
     paint.fillText(short(data.texts[cell], at.w - 4), x + at.w / 2, y + at.h / 2);
   }
@@ -173,34 +162,12 @@ function render({ model, el }) {
     paint.globalAlpha = 1;
   }
 
-  const color = (level) => `rgb(${data.palette.subarray(3 * level, 3 * level + 3).join()})`;
-
-  function drawLegend() {
-    legend.replaceChildren();
-    make("span", "", legend, data.titles[2]);
-    data.names.forEach((name, level) => {
-      const item = make("span", "", legend);
-      make("i", "l4-swatch", item).style.background = color(level);
-      item.append(name);
-    });
-    if (data.names.length) return;
-    const scale = make("div", "l4-scale", legend);
-    const stops = Array.from({ length: 17 }, (_, i) => color(Math.round((i * 254) / 16)));
-    make("div", "l4-bar", scale).style.background = `linear-gradient(to right, ${stops.join()})`;
-    const ticks = make("div", "l4-ticks", scale);
-    for (const [place, text] of data.ticks) make("span", "", ticks, text).style.left = `${100 * place}%`;
-  }
-
   function described([row, column]) {
     const cell = row * data.width + column;
-    const level = data.cells[cell];
-    const [low, high] = data.limits;
-    const number = data.numbers ? data.numbers[cell] : low + (level / 254) * (high - low);
-    const exactly = `${data.numbers ? "" : "about "}${Number(number.toPrecision(4))}`;
-    const value = level === 255 ? "no value" : data.names.length ? data.names[level] : exactly;
-    const [rowTitle, columnTitle, title] = data.titles;
+    const [rowTitle, columnTitle] = data.titles;
     const places = [`${rowTitle} ${data.rows[row]}`, `${columnTitle} ${data.columns[column]}`];
-    return [...places, data.texts[cell], `${title.split("\n")[0]}: ${value}`, data.notes[cell]].filter(Boolean).join("\n");
+    const text = data.texts[cell] && data.texts[cell] !== data.names[data.cells[cell]] ? [data.texts[cell]] : [];
+    return [...places, ...text, ...describedValue(data, cell)].join("\n");
   }
 
   function cellAt(event) {
@@ -214,19 +181,25 @@ function render({ model, el }) {
     if (String(cell) !== String(hovered)) {
       hovered = cell;
       draw();
-      tip.togglePopover(cell !== null);
-      if (cell) tip.textContent = described(cell);
     }
-    if (!cell) return;
-    const { width, height } = tip.getBoundingClientRect();
-    const left = event.clientX + 14 + width < window.innerWidth ? event.clientX + 14 : event.clientX - 14 - width;
-    Object.assign(tip.style, { left: `${Math.max(0, left)}px`, top: `${Math.min(event.clientY + 16, window.innerHeight - height)}px` });
+    tip(cell && described(cell), event);
   }
 
   function select(cell) {
     model.set("selected", cell);
     model.save_changes();
   }
+
+  // Scrolls the selected cell into view.
+  function reveal() {
+    const cell = model.get("selected");
+    if (!cell.length || !at) return;
+    const [x, y] = box(...cell);
+    scroll.scrollLeft += Math.min(0, x - at.left) + Math.max(0, x + at.w - at.left - at.seen[0]);
+    scroll.scrollTop += Math.min(0, y - at.top) + Math.max(0, y + at.h - at.top - at.seen[1]);
+  }
+
+  const revealed = () => (reveal(), draw());
 
   function press(event) {
     const up = data.upward ? 1 : -1;
@@ -237,9 +210,6 @@ function render({ model, el }) {
     event.preventDefault();
     const [down, along] = steps[event.key];
     const cell = row === undefined ? [line(0), 0] : [clamp(row + down, 0, data.height - 1), clamp(column + along, 0, data.width - 1)];
-    const [x, y] = box(...cell);
-    scroll.scrollLeft += Math.min(0, x - at.left) + Math.max(0, x + at.w - at.left - at.seen[0]);
-    scroll.scrollTop += Math.min(0, y - at.top) + Math.max(0, y + at.h - at.top - at.seen[1]);
     said.textContent = described(cell);
     select(cell);
   }
@@ -250,23 +220,19 @@ function render({ model, el }) {
   canvas.addEventListener("keydown", press);
   scroll.addEventListener("scroll", () => (point(null), draw()));
   const resized = new ResizeObserver(() => {
-    if (root.clientWidth !== seenWidth) requestAnimationFrame(draw);
+    if (root.clientWidth !== seenWidth) requestAnimationFrame(() => (draw(), revealed()));
     seenWidth = root.clientWidth;
   });
   resized.observe(root);
-  const themed = new MutationObserver(draw); // JupyterLab and VS Code name their theme on the body
-  themed.observe(document.body, { attributes: true });
-  const scheme = window.matchMedia("(prefers-color-scheme: dark)");
-  scheme.addEventListener("change", draw);
+  const untheme = onTheme(root, paintAll);
   model.on("change:version", read);
-  model.on("change:selected", draw);
+  model.on("change:selected", revealed);
   read();
   return () => {
     resized.disconnect();
-    themed.disconnect();
-    scheme.removeEventListener("change", draw);
+    untheme();
     model.off("change:version", read);
-    model.off("change:selected", draw);
+    model.off("change:selected", revealed);
   };
 }
 
