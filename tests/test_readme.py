@@ -27,6 +27,14 @@ def test_the_patching_example_runs():
     assert names["sweep"].complete
 
 
+def test_the_routing_example_runs(capsys):
+    names: dict = {}
+    exec(compile(block("python", 2), "README.md", "exec"), names)
+    plt.close("all")
+    assert "regret" in capsys.readouterr().out
+    assert names["stats"].groups == ["arithmetic", "code", "facts"]
+
+
 def test_ci_runs_the_very_commands_of_readme():
     script = (ROOT / ".ci" / "run").read_text()
     for number in (0, 1):
