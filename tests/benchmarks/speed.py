@@ -25,6 +25,7 @@ from transformers.masking_utils import create_chunked_causal_mask
 from llama4lab.model import attention_kernels
 from llama4lab.model.hook_point import HookPoint
 from llama4lab.model.llama4 import HookedLlama4ForCausalLM
+from llama4lab.model.output import CACHE
 from llama4lab.model.token_layout import plain_layout
 
 PREFILL, DECODE = (128, 512), 32
@@ -95,8 +96,8 @@ def decode() -> None:
         prompt = torch.randint(1024, (1, DECODE))
         calls = {}
         for name, model in zip(("ours", "theirs"), pair(num_experts), strict=True):
-            cache = model(prompt, use_cache=True).past_key_values
-            calls[name] = partial(model, prompt[:, -1:], past_key_values=cache, use_cache=True)
+            cache = getattr(model(prompt, use_cache=True), CACHE)
+            calls[name] = partial(model, prompt[:, -1:], **{CACHE: cache}, use_cache=True)
         show(f"decode, {num_experts} experts, a token", interleaved(calls, 20 if num_experts < 99 else 8))
 
 
@@ -115,10 +116,8 @@ def kernel(model, q, k, v):
     """The attention kernel of a chunked layer as each model calls it, the mask made anew."""
     if isinstance(model, HookedLlama4ForCausalLM):
         return attention_kernels.fused(q, k, v, plain_layout(1, 4096, 0, 0, q.device), 1024, 0.0)
-    mask = create_chunked_causal_mask(
-        config=model.config, inputs_embeds=torch.empty(1, 4096, 0), attention_mask=None, past_key_values=None,
-        position_ids=torch.arange(4096)[None],
-    )  # fmt: skip
+    # By position: releases of transformers call the cache by two names. There is no mask and no cache.
+    mask = create_chunked_causal_mask(model.config, torch.empty(1, 4096, 0), None, None, torch.arange(4096)[None])
     return sdpa_attention_forward(model.model.layers[0].self_attn, q, k, v, mask)
 
 
