@@ -13,6 +13,9 @@ from llama4lab.prompt.prompt import Prompt as Prompt
 from llama4lab.prompt.repeats import repeated_tokens as repeated_tokens
 from llama4lab.run import ablation as ablation
 from llama4lab.run import metrics as metrics
+from llama4lab.run.attention.editing import edited as edited
+from llama4lab.run.attention.streaming import AttentionStream as AttentionStream
+from llama4lab.run.attention.streaming import attention_stream as attention_stream
 from llama4lab.run.attribution import attribute as attribute
 from llama4lab.run.attribution_result import Attribution as Attribution
 from llama4lab.run.cell_patching import cell_patches as cell_patches

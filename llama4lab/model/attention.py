@@ -1,5 +1,7 @@
 """Self-attention of a text layer: RoPE inside a chunk, or NoPE over the whole document."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from accelerate.utils import align_module_device
@@ -23,8 +25,16 @@ class SelfAttention(nn.Module):
     `scores`, `pattern` and `head_out` are computed only where somebody listens. Scores and pattern are float32 whatever
     the dtype of the model, as they are inside the fused kernels.
 
+    All attributes are read at every pass; see `llama4lab.edited`, which changes them for a while.
+
     Attributes:
-        chunk_size: Size of the attention chunk in tokens; None for full causal attention. Read at every pass.
+        rope: Whether queries and keys are turned by their positions.
+        qk_norm: Whether queries and keys are normed.
+        tuning: Whether queries are sharpened by their positions as the config says; or the factor, the same at all
+            positions; or a function from positions to factors.
+        chunk_size: Size of the attention chunk in tokens; None for full causal attention.
+        rotate: Another rotation than that of the model: a function of the positions; None for the model's.
+        barred: Keys that only their own queries see: places in the rows, "first_token" for that of each document.
         dense_mask: Whether the fused kernel gets all keys at once and a mask, as in transformers, bit for bit.
     """
 
@@ -33,6 +43,10 @@ class SelfAttention(nn.Module):
         self.config = config
         self.layer = layer
         self.rope = uses_rope(config, layer)
+        self.qk_norm = bool(config.use_qk_norm) and self.rope
+        self.tuning: bool | float | Callable[[Tensor], Tensor] = bool(config.attn_temperature_tuning) and not self.rope
+        self.rotate: Callable[[Tensor], Tensor] | None = None
+        self.barred: frozenset[int | str] = frozenset()
         self.chunk_size = config.attention_chunk_size if is_chunked(config, layer) else None
         self.dense_mask = False
         self.d_head = config.head_dim
@@ -64,16 +78,18 @@ class SelfAttention(nn.Module):
         k = self.k(self.k_proj(x).unflatten(-1, (-1, self.d_head)))
         v = self.v(self.v_proj(x).unflatten(-1, (-1, self.d_head)))
         if self.rope:
+            rotation = rotation if self.rotate is None else self.rotate(layout.positions)
             q, k = rotated(q, layout.asking(rotation)), rotated(k, rotation)
-            if self.config.use_qk_norm:
-                # Without weights, for each head alone, after RoPE: a score is then sqrt(d_head) times a cosine.
-                q, k = rms_normalised(q, self.config.rms_norm_eps), rms_normalised(k, self.config.rms_norm_eps)
-        elif self.config.attn_temperature_tuning:
+        if self.qk_norm:
+            # Without weights, for each head alone, after RoPE: a score is then sqrt(d_head) times a cosine.
+            q, k = rms_normalised(q, self.config.rms_norm_eps), rms_normalised(k, self.config.rms_norm_eps)
+        if self.tuning is not False:
             q = (q * self.temperature(layout.asking(layout.positions))).to(q.dtype)
         q, k = self.q_rot(q), self.k_rot(k)
         q, k, v = (rearrange(t, "batch seq head d_head -> batch head seq d_head") for t in (q, k, v))
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
+            attention_kernels.check_kept(layout, self.chunk_size, k.shape[2])
         if isinstance(layout, PackedLayout):
             watched = self.scores.watched or self.pattern.watched
             z = layout.attended(self.attend, q, k, v, None if watched else self.chunk_size)
@@ -83,6 +99,10 @@ class SelfAttention(nn.Module):
 
     def temperature(self, positions: Int[Tensor, "#batch seq"]) -> Float[Tensor, "#batch seq 1 1"]:
         """The factor by which a NoPE layer sharpens attention at far positions; positions count from 0."""
+        if callable(self.tuning):
+            return self.tuning(positions)[..., None, None]
+        if not isinstance(self.tuning, bool):
+            return torch.full_like(positions, self.tuning, dtype=torch.float32)[..., None, None]
         steps = torch.floor((positions.float() + 1.0) / self.config.floor_scale)
         return (torch.log1p(steps) * self.config.attn_scale + 1.0)[..., None, None]
 
@@ -97,6 +117,8 @@ class SelfAttention(nn.Module):
         """Softmax-weighted sums of values: by the fused kernel, or step by step where someone looks at a step."""
         dropout = self.config.attention_dropout if self.training else 0.0
         kernel = self.config._attn_implementation
+        if self.barred:
+            mask = attention_kernels.without_keys(layout, self.barred, k.shape[2], mask)
         if kernel == "eager" or self.scores.watched or self.pattern.watched:
             bias = attention_kernels.additive_mask(layout, self.chunk_size, k.shape[2], mask)
             z = self._attend_eagerly(q, k, v, bias, dropout)

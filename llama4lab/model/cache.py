@@ -1,5 +1,6 @@
 """The cache of keys and values: chunked layers keep at most one chunk, NoPE layers keep everything."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from jaxtyping import Float, Int
@@ -95,18 +96,21 @@ class KeyValueCache(DynamicCache):
             self.token_layout = self.token_layout.selected(rows)
 
 
-def new_cache(config: Llama4TextConfig, *, offloading: bool = False) -> KeyValueCache:
+def new_cache(
+    config: Llama4TextConfig, *, chunks: Sequence[int | None] | None = None, offloading: bool = False
+) -> KeyValueCache:
     """An empty cache for a model of this config; works without a chunk size too, unlike transformers' own.
 
     Args:
         config: Of the text model.
+        chunks: The chunk size of each layer, None for full attention; by default as the config says.
         offloading: Whether layers wait in RAM until they are used.
     """
     cache = KeyValueCache(offloading=offloading)
-    layers: list[DynamicLayer] = []
-    for layer in range(config.num_hidden_layers):
-        chunk = config.attention_chunk_size if is_chunked(config, layer) else None
-        layers.append(DynamicLayer() if chunk is None else ChunkedLayerCache(sliding_window=chunk))
+    if chunks is None:
+        numbers = range(config.num_hidden_layers)
+        chunks = [config.attention_chunk_size if is_chunked(config, layer) else None for layer in numbers]
+    layers = [DynamicLayer() if chunk is None else ChunkedLayerCache(sliding_window=chunk) for chunk in chunks]
     cache.layers = cast(Any, layers)
     cache.layer_class_to_replicate = None
     return cache

@@ -92,7 +92,7 @@ class HookedLlama4ForCausalLM(HookedPreTrainedModel, GenerationMixin):
         cache = one_cache(cache, past_key_values)
         use_cache = self._wants_cache(use_cache, cache)
         if use_cache and cache is None:
-            cache = new_cache(self.config)
+            cache = new_cache(self.config, chunks=self.model.chunk_sizes)
         masks, mask = self._split_masks(attention_mask)
         layout = token_layout(
             (embedded.shape[0], embedded.shape[1]),

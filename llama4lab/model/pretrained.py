@@ -135,7 +135,8 @@ class HookedPreTrainedModel(Promptable, PreTrainedModel):
             raise ValueError(
                 "cache_implementation='offloaded' moves the cache of a GPU to RAM; the model is on the CPU."
             )
-        cache = new_cache(text_part(self.config), offloading=kind == "offloaded")
+        chunks = self.text.chunk_sizes
+        cache = new_cache(text_part(self.config), chunks=chunks, offloading=kind == "offloaded")
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs[CACHE] = cache

@@ -50,7 +50,12 @@ class TextLayer(nn.Module):
 
 
 class TextModel(nn.Module):
-    """Token embeddings or ready input vectors -> normed residual stream of the last layer."""
+    """Token embeddings or ready input vectors -> normed residual stream of the last layer.
+
+    Attributes:
+        edits: What `llama4lab.edited` has changed in the layers; a cache goes on only under the edits that it was
+            filled under.
+    """
 
     def __init__(self, config: Llama4TextConfig):
         super().__init__()
@@ -63,6 +68,7 @@ class TextModel(nn.Module):
         self.embed = HookPoint("batch seq d_model")
         self.embed_merged = HookPoint("batch seq d_model")
         self.final_norm = HookPoint("batch seq d_model")
+        self.edits: tuple = ()
         # transformers sets these two when gradient checkpointing is switched on.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable | None = None
@@ -71,6 +77,11 @@ class TextModel(nn.Module):
     def checkpointing(self) -> bool:
         """Whether layers run again in the backward pass; never in a pass that records no gradients."""
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    @property
+    def chunk_sizes(self) -> list[int | None]:
+        """The chunk size of each layer; None for full causal attention."""
+        return [layer.self_attn.chunk_size for layer in self.layers]
 
     def embedded(self, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_model"]:
         """The embeddings of tokens.
@@ -108,6 +119,8 @@ class TextModel(nn.Module):
             cache: Keys and values of earlier tokens; this pass adds its own.
             masks: A caller's own mask `[batch, 1 or head, query, key]` for each kind of layer.
         """
+        if cache is not None and not torch.compiler.is_compiling():
+            self._check_edits(cache, layout)
         x = self.embed_merged(x)
         rotation = self.rotary_emb(layout.positions)
         assert self.config.layer_types is not None
@@ -118,3 +131,19 @@ class TextModel(nn.Module):
             else:
                 x = layer(x, rotation, layout, cache, mask)
         return self.final_norm(self.norm(x))
+
+    def _check_edits(self, cache: Cache, layout: TokenLayout) -> None:
+        """Refuses keys and values that were computed otherwise than the new ones will be."""
+        filled_under = getattr(cache, "edits", ())
+        if layout.past and filled_under != self.edits:
+            raise ValueError(
+                f"The cache was filled {_under(filled_under)}; this pass runs {_under(self.edits)}.\n"
+                "Run the whole rows again, with a new cache."
+            )
+        if filled_under != self.edits:
+            cache.edits = self.edits  # pyright: ignore[reportAttributeAccessIssue] - goes with its keys
+
+
+def _under(edits: tuple) -> str:
+    found = sorted({f"{name} edited" for _, name, _ in edits})
+    return f"with {', '.join(found)}" if found else "without edits of attention"

@@ -70,7 +70,8 @@ def generate(
     whole = extended(model, prompt, sequences[:, prompt.input_ids.shape[1] :].cpu())
     positions = list(range(whole.input_ids.shape[1] - 1))
     chosen_from = positions[-logits.shape[1] :]
-    return Run(tensors, shapes, logits, whole, facts(model.config), positions=positions, logit_positions=chosen_from)
+    meta = facts(model.config, model.text)
+    return Run(tensors, shapes, logits, whole, meta, positions=positions, logit_positions=chosen_from)
 
 
 def extended(model: HookedPreTrainedModel, prompt: Prompt, new: Int[Tensor, "batch new"]) -> Prompt:

@@ -56,7 +56,7 @@ def record(
     logits = kept["logits"]
     points = model.hook_points()
     tensors = {name: kept[name] for name in names}
-    return Run(tensors, {name: points[name] for name in names}, logits, prompt, facts(model.config))
+    return Run(tensors, {name: points[name] for name in names}, logits, prompt, facts(model.config, model.text))
 
 
 def as_prompt(model: HookedPreTrainedModel, prompt: Any) -> Prompt:

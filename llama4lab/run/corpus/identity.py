@@ -21,8 +21,8 @@ def model_digest(model: HookedPreTrainedModel) -> str:
     Two models that differ in anything else only (one edited matrix, say) have the same one; any further training moves
     the norms and the routers, too.
     """
-    text = text_part(model.config)
-    digest = hashlib.sha256(json.dumps([facts(model.config), text.vocab_size, str(model.dtype)]).encode())
+    text, known = text_part(model.config), facts(model.config, model.text) | {"edits": repr(model.text.edits)}
+    digest = hashlib.sha256(json.dumps([known, text.vocab_size, str(model.dtype)]).encode())
     modules: list[nn.Module] = [model.text.norm]
     for layer in model.text.layers:
         modules += [layer.input_layernorm, layer.post_attention_layernorm]

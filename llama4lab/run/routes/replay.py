@@ -43,7 +43,7 @@ def run_of_routes(model: HookedPreTrainedModel, prompt: Prompt, routes: RoutedEx
     tensors = {name: tensor[:, positions].clamp(min=0) for name, tensor in tensors.items()}
     none = torch.zeros(len(prompt), 0, model.text.config.vocab_size)
     shapes = dict.fromkeys(tensors, "batch seq slot")
-    return Run(tensors, shapes, none, prompt, facts(model.config), positions=positions)
+    return Run(tensors, shapes, none, prompt, facts(model.config, model.text), positions=positions)
 
 
 def routes_now(

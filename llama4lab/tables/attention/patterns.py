@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama4lab.run.run import Run
-from llama4lab.tables.token_index import places, tokens_of
+from llama4lab.tables.token_index import chunk_sizes, places, tokens_of
 
 PATTERN = "self_attn.pattern"
 
@@ -29,13 +29,12 @@ def chunks(run: Run) -> pd.DataFrame:
         start: position of its first token in the prompt, where padding counts.
         stop: position after its last token.
     """
-    place = places(run)
+    place, sizes = places(run), chunk_sizes(run)
     lines = []
     for row in run.rows:
         positions = np.flatnonzero(place[row] >= 0)
         for layer in range(run.meta["num_layers"]):
-            chunked = layer in run.meta["chunked_layers"]
-            size = run.meta["chunk_size"] if chunked else None
+            size = sizes[layer]
             borders = range(size, len(positions), size) if size else []
             for chunk, own in enumerate(np.split(positions, borders)):
                 lines.append((row, layer, _kind(run, layer), size, chunk, own[0], own[-1] + 1))

@@ -1,0 +1,1 @@
+"""Attention, changed and measured."""
