@@ -35,6 +35,12 @@ def test_the_routing_example_runs(capsys):
     assert names["stats"].groups == ["arithmetic", "code", "facts"]
 
 
+def test_the_attention_example_runs(capsys):
+    exec(compile(block("python", 3), "README.md", "exec"), {})
+    plt.close("all")
+    assert "accuracy" in capsys.readouterr().out
+
+
 def test_ci_runs_the_very_commands_of_readme():
     script = (ROOT / ".ci" / "run").read_text()
     for number in (0, 1):

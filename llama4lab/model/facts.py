@@ -1,6 +1,7 @@
 """The few figures of a config that a reader of activations needs, as plain data that can be saved beside them."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import Llama4Config, Llama4TextConfig
@@ -15,8 +16,8 @@ def facts(config: Llama4Config | Llama4TextConfig, layers_of: TextModel | None =
 
     Keys: num_layers, num_heads, num_kv_heads, num_experts, top_k, d_model, d_head, chunk_size (None without chunks;
     where layers differ, the size that most have), chunk_sizes (one for each layer, None for full attention), and the
-    lists of layers moe_layers, rope_layers, chunked_layers; with vision also image_size, patch_size,
-    num_vision_layers, num_vision_heads.
+    lists of layers moe_layers, rope_layers, chunked_layers, barred_layers (where single keys are hidden); with vision
+    also image_size, patch_size, num_vision_layers, num_vision_heads.
 
     Args:
         config: Of the model.
@@ -43,6 +44,7 @@ def facts(config: Llama4Config | Llama4TextConfig, layers_of: TextModel | None =
         "moe_layers": [layer for layer in layers if is_moe(text, layer)],
         "rope_layers": [layer for layer in layers if ropes[layer]],
         "chunked_layers": [layer for layer in layers if sizes[layer] is not None],
+        "barred_layers": [] if layers_of is None else _barred(layers_of),
     }
     if isinstance(config, Llama4Config):
         vision = vision_part(config)
@@ -53,6 +55,20 @@ def facts(config: Llama4Config | Llama4TextConfig, layers_of: TextModel | None =
             "num_vision_heads": vision.num_attention_heads,
         }
     return known
+
+
+def chunk_sizes(known: Mapping[str, Any]) -> list[int | None]:
+    """Gives the chunk size of each layer from facts; None for a layer that sees everything.
+
+    Facts that were saved by earlier versions have one size for all chunked layers.
+    """
+    size, chunked = known["chunk_size"], known["chunked_layers"]
+    old = [size if layer in chunked else None for layer in range(known["num_layers"])]
+    return known.get("chunk_sizes", old)
+
+
+def _barred(text: TextModel) -> list[int]:
+    return [number for number, layer in enumerate(text.layers) if layer.self_attn.barred]
 
 
 def _usual(sizes: list[int | None], planned: int | None) -> int | None:

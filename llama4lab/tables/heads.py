@@ -12,8 +12,9 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from llama4lab.model.facts import chunk_sizes
 from llama4lab.run.run import Run
-from llama4lab.tables.token_index import chunk_sizes, places
+from llama4lab.tables.token_index import places
 
 PATTERN = "self_attn.pattern"
 KINDS = ("previous_token", "duplicate_token", "induction")
@@ -46,7 +47,7 @@ def scores(run: Run) -> pd.DataFrame:
     parts = []
     same, place = _same_token(run), torch.tensor(places(run))[run.rows]
     for layer, pattern in run.layers(PATTERN).items():
-        targets = _targets(same, place, run.positions, chunk_sizes(run)[layer], pattern.shape[-1])
+        targets = _targets(same, place, run.positions, chunk_sizes(run.meta)[layer], pattern.shape[-1])
         columns: dict[str, object] = {
             "layer": layer,
             "kind": "rope" if layer in run.meta["rope_layers"] else "nope",

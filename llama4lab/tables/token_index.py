@@ -1,7 +1,4 @@
-"""Which places of a run's tensors are tokens, which tokens, and the chunk size of each layer.
-
-Padding is left out here, once for all tables.
-"""
+"""Which places of a run's tensors are tokens, and which tokens. Padding is left out here, once for all tables."""
 
 import numpy as np
 import pandas as pd
@@ -50,14 +47,6 @@ def places(run: Run) -> np.ndarray:
     """Gives for every row and position of the prompt the token's number from 0; -1 for padding."""
     mask = run.prompt.attention_mask.cpu().numpy().astype(bool)
     return np.where(mask, mask.cumsum(axis=1) - 1, -1)
-
-
-def chunk_sizes(run: Run) -> list[int | None]:
-    """Gives the chunk size of each layer; None for a layer that sees everything."""
-    size, chunked = run.meta["chunk_size"], run.meta["chunked_layers"]
-    # Runs that were saved by earlier versions have one size for all chunked layers.
-    old = [size if layer in chunked else None for layer in range(run.meta["num_layers"])]
-    return run.meta.get("chunk_sizes", old)
 
 
 def at_tokens(tensor: Shaped[Tensor, "batch seq ..."], tokens: pd.DataFrame) -> Shaped[Tensor, "token ..."]:

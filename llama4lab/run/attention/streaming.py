@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama4lab.model.facts import facts
+from llama4lab.model.facts import chunk_sizes, facts
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.model.token_layout import TokenLayout, token_layout
 from llama4lab.prompt.prompt import Prompt
@@ -56,11 +56,7 @@ def attention_stream(
     prompt = as_prompt(model, prompt)
     meta = facts(model.config, model.text)
     chosen = _checked(range(meta["num_layers"]) if layers is None else layers, meta["num_layers"])
-    barred = [layer for layer in chosen if model.text.layers[layer].self_attn.barred]
-    if barred:
-        raise ValueError(
-            f"Layer {barred[0]} bars single keys now, which a stream cannot follow.\nRecord its pattern instead."
-        )
+    _check_bars(meta, chosen)
     wanted = _for_model(wanted, meta)
     layout = _layout(prompt, list(range(len(prompt))), prompt.input_ids.shape[1])
     queries: dict[int, Tensor] = {}
@@ -99,7 +95,8 @@ def recorded_stream(run: Run, layers: Iterable[int] | None = None, *, wanted: Wa
 
     Raises:
         KeyError: if queries or keys of a layer were not recorded.
-        ValueError: if positions before others were cut away: nothing is known of their keys.
+        ValueError: if positions before others were cut away, so that nothing is known of their keys; or single keys
+            were barred in a layer.
     """
     if run.positions != list(range(len(run.positions))):
         raise ValueError(
@@ -108,25 +105,27 @@ def recorded_stream(run: Run, layers: Iterable[int] | None = None, *, wanted: Wa
         )
     recorded = run.layers(Q_ROT)
     chosen = _checked(recorded if layers is None else layers, run.meta["num_layers"])
+    _check_bars(run.meta, chosen)
     layout = _layout(run.prompt, run.rows, len(run.positions))
     wanted = _for_model(wanted, run.meta)
     found = {}
     for layer in chosen:
         q, k = run[f"layers.{layer}.{Q_ROT}"].detach(), run[f"layers.{layer}.{K_ROT}"].detach()
-        found[layer] = reduced(q, k, layout, _chunk(run.meta, layer), wanted)
+        found[layer] = reduced(q, k, layout, chunk_sizes(run.meta)[layer], wanted)
     return AttentionStream(found, run.prompt, run.meta, run.rows)
+
+
+def _check_bars(meta: dict[str, Any], layers: list[int]) -> None:
+    barred = sorted(set(layers) & set(meta.get("barred_layers", [])))
+    if barred:
+        raise ValueError(
+            f"Layer {barred[0]} bars single keys, which a stream cannot follow.\nRecord its pattern instead."
+        )
 
 
 def _layout(prompt: Prompt, rows: list[int], length: int) -> TokenLayout:
     mask = prompt.attention_mask.cpu()[rows, :length]
     return token_layout((len(rows), length), mask.device, attention_mask=mask)
-
-
-def _chunk(meta: dict[str, Any], layer: int) -> int | None:
-    if "chunk_sizes" in meta:
-        return meta["chunk_sizes"][layer]
-    # Runs that were saved by earlier versions have one size for all chunked layers.
-    return meta["chunk_size"] if layer in meta["chunked_layers"] else None
 
 
 def _for_model(wanted: Wanted | None, meta: dict[str, Any]) -> Wanted:

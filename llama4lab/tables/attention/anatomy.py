@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llama4lab.model.attention import SelfAttention
+from llama4lab.model.facts import chunk_sizes
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.model.rope import rotated
 from llama4lab.run.run import Run
@@ -257,11 +258,12 @@ def _rotated(run: Run, layer: int) -> tuple[Float[Tensor, "batch seq head d"], F
 
 def _seen(run: Run, layer: int) -> Bool[Tensor, "batch query key"]:
     """Which of the recorded positions each of them sees."""
+    if layer in run.meta.get("barred_layers", []):
+        raise ValueError(f"Layer {layer} barred single keys in this run, and which is not known.\nRecord its pattern.")
     place = torch.tensor(places(run)[np.ix_(run.rows, run.positions)])
     query, key = place[:, :, None], place[:, None, :]
     seen = (key >= 0) & (key <= query)
-    size = run.meta["chunk_size"] if layer in run.meta["chunked_layers"] else None
-    size = run.meta["chunk_sizes"][layer] if "chunk_sizes" in run.meta else size
+    size = chunk_sizes(run.meta)[layer]
     return seen if size is None else seen & (key // size == query // size)
 
 

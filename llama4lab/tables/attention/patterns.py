@@ -11,8 +11,9 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from llama4lab.model.facts import chunk_sizes
 from llama4lab.run.run import Run
-from llama4lab.tables.token_index import chunk_sizes, places, tokens_of
+from llama4lab.tables.token_index import places, tokens_of
 
 PATTERN = "self_attn.pattern"
 
@@ -29,7 +30,7 @@ def chunks(run: Run) -> pd.DataFrame:
         start: position of its first token in the prompt, where padding counts.
         stop: position after its last token.
     """
-    place, sizes = places(run), chunk_sizes(run)
+    place, sizes = places(run), chunk_sizes(run.meta)
     lines = []
     for row in run.rows:
         positions = np.flatnonzero(place[row] >= 0)

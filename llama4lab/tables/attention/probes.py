@@ -25,7 +25,7 @@ def needle(
 
     The same texts are asked at every border and under every ablation; to put the needle at a border, the text begins at
     a later position than 0. Recall within a chunk can use all layers, beyond it only those that see everything. The
-    needle is the last token of its fact: a border right before it also cuts the fact in two, which is harder to read.
+    needle is the last token of its fact: a border right before it also cuts the fact in two.
 
     Args:
         model: The model.

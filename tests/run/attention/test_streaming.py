@@ -262,6 +262,8 @@ def test_layers_and_positions_that_are_not_there_are_named(small):
     try:
         with pytest.raises(ValueError, match="Layer 1 bars single keys"):
             attention_stream(small, [[1, 2]])
+        with pytest.raises(ValueError, match="Layer 1 bars single keys"):
+            recorded_stream(record(small, [[1, 2]], at=QUERIES_AND_KEYS))
     finally:
         small.text.layers[1].self_attn.barred = frozenset()
     with pytest.raises(ValueError, match="No layer was asked for"):
