@@ -67,6 +67,11 @@ def chunk_sizes(known: Mapping[str, Any]) -> list[int | None]:
     return known.get("chunk_sizes", old)
 
 
+def rotary_kind(known: Mapping[str, Any], layer: int) -> str:
+    """Gives "rope" for a layer that rotates queries and keys by their positions, else "nope", from facts."""
+    return "rope" if layer in known["rope_layers"] else "nope"
+
+
 def _barred(text: TextModel) -> list[int]:
     return [number for number, layer in enumerate(text.layers) if layer.self_attn.barred]
 

@@ -12,7 +12,7 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llama4lab.model.facts import chunk_sizes
+from llama4lab.model.facts import chunk_sizes, rotary_kind
 from llama4lab.run.run import Run
 from llama4lab.tables.token_index import places
 
@@ -50,7 +50,7 @@ def scores(run: Run) -> pd.DataFrame:
         targets = _targets(same, place, run.positions, chunk_sizes(run.meta)[layer], pattern.shape[-1])
         columns: dict[str, object] = {
             "layer": layer,
-            "kind": "rope" if layer in run.meta["rope_layers"] else "nope",
+            "kind": rotary_kind(run.meta, layer),
             "head": np.arange(pattern.shape[1]),
         }
         found = {kind: _score(pattern, targets[kind]) for kind in KINDS}

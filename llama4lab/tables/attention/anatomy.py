@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llama4lab.model.attention import SelfAttention
-from llama4lab.model.facts import chunk_sizes
+from llama4lab.model.facts import chunk_sizes, rotary_kind
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.model.rope import rotated
 from llama4lab.run.run import Run
@@ -94,7 +94,7 @@ def angles(
             lengths = asking.norm(dim=-1)[:, :, None] * asked.norm(dim=-1)[:, None, :]
             # Of a vector of length 0 there is no angle: it counts as a right one.
             cosines = (scores / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)).clamp(-1, 1)[seen]
-            columns = {"layer": layer, "kind": _kind(run, layer), "head": head, "pairs": len(cosines)}
+            columns = {"layer": layer, "kind": rotary_kind(run.meta, layer), "head": head, "pairs": len(cosines)}
             columns |= {"quantile": shares, "cosine": np.quantile(cosines.double().numpy(), shares)}
             columns["angle"] = np.degrees(np.arccos(columns["cosine"]))
             scaled = scores[seen].double().numpy() * q.shape[-1] ** -0.5
@@ -214,7 +214,7 @@ def _head(run: Run, layer: int, head: int, row: int) -> _Head:
     position = np.array(run.positions)
     place = places(run)[row]
     text = np.array(run.prompt.tokens[row], dtype=object)
-    columns = {"row": row, "layer": layer, "kind": _kind(run, layer), "head": head}
+    columns = {"row": row, "layer": layer, "kind": rotary_kind(run.meta, layer), "head": head}
     columns |= {"query": position[query], "key": position[key]}
     columns |= {"query_token": text[position[query]], "key_token": text[position[key]]}
     columns["distance"] = place[position[query]] - place[position[key]]
@@ -265,7 +265,3 @@ def _seen(run: Run, layer: int) -> Bool[Tensor, "batch query key"]:
     seen = (key >= 0) & (key <= query)
     size = chunk_sizes(run.meta)[layer]
     return seen if size is None else seen & (key // size == query // size)
-
-
-def _kind(run: Run, layer: int) -> str:
-    return "rope" if layer in run.meta["rope_layers"] else "nope"

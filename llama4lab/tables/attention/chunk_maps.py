@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from llama4lab.model.facts import rotary_kind
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.run.attention.streaming import AttentionStream, attention_stream, recorded_stream
 from llama4lab.run.run import Run
@@ -41,7 +42,7 @@ def chunk_map(run: Run | AttentionStream) -> pd.DataFrame:
         query, key = np.tril_indices(len(chunks))
         part = {
             "layer": layer,
-            "kind": "rope" if layer in stream.meta["rope_layers"] else "nope",
+            "kind": rotary_kind(stream.meta, layer),
             "head": np.arange(len(mass)).repeat(len(query)),
             "query_chunk": np.tile(chunks[query], len(mass)),
             "key_chunk": np.tile(chunks[key], len(mass)),

@@ -11,7 +11,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from llama4lab.model.facts import chunk_sizes
+from llama4lab.model.facts import chunk_sizes, rotary_kind
 from llama4lab.run.run import Run
 from llama4lab.tables.token_index import places, tokens_of
 
@@ -38,7 +38,7 @@ def chunks(run: Run) -> pd.DataFrame:
             size = sizes[layer]
             borders = range(size, len(positions), size) if size else []
             for chunk, own in enumerate(np.split(positions, borders)):
-                lines.append((row, layer, _kind(run, layer), size, chunk, own[0], own[-1] + 1))
+                lines.append((row, layer, rotary_kind(run.meta, layer), size, chunk, own[0], own[-1] + 1))
     columns = ["row", "layer", "kind", "chunk_size", "chunk", "start", "stop"]
     return pd.DataFrame(lines, columns=columns).astype({"chunk_size": "Int64"})
 
@@ -74,7 +74,7 @@ def mass(run: Run) -> pd.DataFrame:
             pd.DataFrame(
                 {
                     "layer": layer,
-                    "kind": _kind(run, layer),
+                    "kind": rotary_kind(run.meta, layer),
                     "head": np.arange(pattern.shape[1]),
                     **{name: _weighted(pattern, weight).numpy() for name, weight in weights.items()},
                     "entropy": _weighted(torch.special.entr(pattern.float()), queries["valid"]).numpy(),
@@ -120,7 +120,7 @@ def pattern(run: Run, layer: int, head: int, row: int = 0) -> pd.DataFrame:
         {
             "row": row,
             "layer": layer,
-            "kind": _kind(run, layer),
+            "kind": rotary_kind(run.meta, layer),
             "head": head,
             "query": queries["position"].to_numpy().repeat(len(keys)),
             "key": np.tile(keys, len(queries)),
@@ -131,10 +131,6 @@ def pattern(run: Run, layer: int, head: int, row: int = 0) -> pd.DataFrame:
             "weight": weight.reshape(-1),
         }
     )
-
-
-def _kind(run: Run, layer: int) -> str:
-    return "rope" if layer in run.meta["rope_layers"] else "nope"
 
 
 def _query_places(run: Run) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from llama4lab.model.facts import rotary_kind
 from llama4lab.run.attention.reductions import Reductions, Wanted
 from llama4lab.run.attention.streaming import K_ROT, Q_ROT, AttentionStream, recorded_stream
 from llama4lab.run.run import Run
@@ -136,8 +137,7 @@ def _of_head(run: Run, layer: int, head: int, k: int) -> Reductions:
 
 def _by_head(stream: AttentionStream, layer: int, columns: dict[str, np.ndarray]) -> pd.DataFrame:
     head = columns.get("head", np.arange(len(next(iter(columns.values())))))
-    kind = "rope" if layer in stream.meta["rope_layers"] else "nope"
-    return pd.DataFrame({"layer": layer, "kind": kind, "head": head} | columns)
+    return pd.DataFrame({"layer": layer, "kind": rotary_kind(stream.meta, layer), "head": head} | columns)
 
 
 def _mean(values: Float[Tensor, "batch head seq"], valid: Bool[Tensor, "batch seq"]) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from llama4lab.tables.routing.sources import Source, check_groups, choices_of, number_of_experts, weighted_choices
+from llama4lab.tables.routing.sources import Source, check_groups, number_of_experts, weighted_choices
 
 
 def specialization(source: Source, by: str = "group") -> pd.DataFrame:
@@ -33,7 +33,8 @@ def specialization(source: Source, by: str = "group") -> pd.DataFrame:
         KeyError: if there is no column `by`, or the indices were not recorded.
         ValueError: if the table does not say how many experts there are.
     """
-    choices, num_experts = weighted_choices(source), number_of_experts(choices_of(source))
+    choices = weighted_choices(source)
+    num_experts = number_of_experts(choices)
     check_groups(choices, by)
     slots = len(np.unique(choices["slot"]))
     layers, layer = np.unique(choices["layer"], return_inverse=True)

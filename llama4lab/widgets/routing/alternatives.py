@@ -12,8 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from torch import Tensor
 
-from llama4lab.model.pretrained import HookedPreTrainedModel
-from llama4lab.run.metrics import Metric
 from llama4lab.run.patching import patched
 from llama4lab.run.recording import record
 from llama4lab.run.run import Run
@@ -58,21 +56,8 @@ class Counterfactual(PlaceView):
     expert = traitlets.Int(None, allow_none=True)
     HINT = "Click a token in the map, then an expert among the bars."
 
-    def __init__(
-        self,
-        model: HookedPreTrainedModel,
-        prompt: Any,
-        *,
-        metric: Metric | Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        """Makes the view.
-
-        Args:
-            model: The model.
-            prompt: A `Prompt`, or anything that `model.prompt` takes.
-            metric: One of `lab.metrics`, or a function of the logits; by default the loss.
-        """
-        super().__init__(model, prompt, metric=metric)
+    def compose(self) -> None:
+        """Makes what is above and below the map."""
         self.bars = Bars()
         self._tokens = ipywidgets.HTML().add_class("l4-cell")
         switch = ipywidgets.ToggleButton(description="regret of all tokens", layout={"width": "auto"})

@@ -1,15 +1,9 @@
 """What an expert writes when it is fed more or less, token by token."""
 
-from collections.abc import Callable
-from typing import Any
-
 import ipywidgets
 import pandas as pd
 from matplotlib.axes import Axes
-from torch import Tensor
 
-from llama4lab.model.pretrained import HookedPreTrainedModel
-from llama4lab.run.metrics import Metric
 from llama4lab.tables.routing.gates import gate_curve as gate_curve_of
 from llama4lab.viz import routing
 from llama4lab.widgets.routing.map_view import lines_of, picture_html
@@ -29,21 +23,8 @@ class GateCurve(PlaceView):
 
     HINT = "Click a token in the map to see the curve of its expert."
 
-    def __init__(
-        self,
-        model: HookedPreTrainedModel,
-        prompt: Any,
-        *,
-        metric: Metric | Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        """Makes the view.
-
-        Args:
-            model: The model.
-            prompt: A `Prompt`, or anything that `model.prompt` takes.
-            metric: One of `lab.metrics`, or a function of the logits; by default the loss.
-        """
-        super().__init__(model, prompt, metric=metric)
+    def compose(self) -> None:
+        """Makes what is above and below the map."""
         self._curve = ipywidgets.HTML().add_class("l4-picture")
         self.start([], [self._curve], [])
 

@@ -60,6 +60,11 @@ class PlaceView(TokenMap):
         margins = np.where(last, np.inf, own["margin"].to_numpy(dtype=float))
         nearest = own.iloc[int(np.argmin(np.nan_to_num(margins, nan=np.inf)))]
         super().__init__(**{name: int(nearest[name]) for name in self.CONTEXT})
+        self.compose()
+
+    def compose(self) -> None:
+        """Makes what is above and below the map, and calls `start` with it."""
+        self.start([], [], [])
 
     def start(self, controls: list[ipywidgets.Widget], below: list[ipywidgets.Widget], choices: list[str]) -> None:
         """Puts the parts together, with the first token picked."""
