@@ -87,7 +87,8 @@ class Notebook:
     def locator(self, css: str) -> Any:
         """What is shown at a place, scrolled into view: JupyterLab draws what is in view only."""
         found = self.page.locator(css).first
-        found.scroll_into_view_if_needed(timeout=SLOW)
+        # At once, not when the element has come to rest: a view that is drawn anew takes its elements away meanwhile.
+        found.evaluate("(element) => element.scrollIntoViewIfNeeded()", timeout=SLOW)
         return found
 
     def python(self, expression: str) -> str:
@@ -109,7 +110,7 @@ class Notebook:
 
     def wait_for_change(self, css: str, before: str) -> str:
         """Waits until the picture on a canvas is another one, and gives it."""
-        changed = "([css, before]) => document.querySelector(css).toDataURL() !== before"
+        changed = "([css, before]) => ![undefined, before].includes(document.querySelector(css)?.toDataURL())"
         self.page.wait_for_function(changed, arg=[f"{css} canvas", before], timeout=SLOW)
         return self.drawn(css)
 
