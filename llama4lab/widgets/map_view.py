@@ -12,10 +12,10 @@ import pandas as pd
 import traitlets
 from matplotlib.axes import Axes
 
+from llama4lab.widgets.controls import bar
 from llama4lab.widgets.fallback import WithFallback, png
 from llama4lab.widgets.grid import Grid
 from llama4lab.widgets.levels import Levels
-from llama4lab.widgets.routing.controls import bar
 
 MOST_TEXTS = 2**13  # cells; beyond, texts and notes would be more than a message should hold
 

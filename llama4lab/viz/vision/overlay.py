@@ -1,4 +1,4 @@
-"""Plots of `llama4lab.tables.vision`."""
+"""Image tokens over their picture."""
 
 from difflib import get_close_matches
 

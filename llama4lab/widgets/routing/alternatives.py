@@ -22,10 +22,10 @@ from llama4lab.tables.routing.counterfactuals import regret as regret_of
 from llama4lab.viz import routing, style
 from llama4lab.viz.expert_colors import expert_colors
 from llama4lab.widgets.bars import Bars, Details
+from llama4lab.widgets.controls import buttons, one_of
 from llama4lab.widgets.levels import Levels
+from llama4lab.widgets.map_view import Picture, lines_of
 from llama4lab.widgets.routing.choices import CHOSEN, choice_picture, chosen
-from llama4lab.widgets.routing.controls import buttons, one_of
-from llama4lab.widgets.routing.map_view import Picture, lines_of
 from llama4lab.widgets.routing.places import SLOT, PlaceView
 from llama4lab.widgets.token_text import visible
 from llama4lab.widgets.top_tokens import top_tokens_html

@@ -15,9 +15,9 @@ from llama4lab.run.corpus.stats import RoutingStats
 from llama4lab.run.run import Run
 from llama4lab.tables import routing as tables
 from llama4lab.viz import routing
-from llama4lab.widgets.routing.controls import dropdown, one_of, slider
+from llama4lab.widgets.controls import dropdown, one_of, slider
+from llama4lab.widgets.map_view import MapView, Picture, lines_of
 from llama4lab.widgets.routing.loads import load_picture
-from llama4lab.widgets.routing.map_view import MapView, Picture, lines_of
 from llama4lab.widgets.token_text import visible
 
 CELL = "padding:1px 12px 1px 0;text-align:left;white-space:nowrap"

@@ -15,9 +15,9 @@ from llama4lab.tables.routing.choices import decisions as decisions_of
 from llama4lab.viz import routing
 from llama4lab.viz.expert_colors import expert_colors
 from llama4lab.widgets.bars import Bars, Details
+from llama4lab.widgets.controls import dropdown, one_of
 from llama4lab.widgets.levels import Levels
-from llama4lab.widgets.routing.controls import dropdown, one_of
-from llama4lab.widgets.routing.map_view import MOST_TEXTS, MapView, Picture, lines_of
+from llama4lab.widgets.map_view import MOST_TEXTS, MapView, Picture, lines_of
 from llama4lab.widgets.token_text import visible
 
 LONGEST = 12

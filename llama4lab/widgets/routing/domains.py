@@ -13,10 +13,10 @@ from llama4lab.tables.routing.choices import bare_choices
 from llama4lab.tables.routing.domains import specialization as specialization_of
 from llama4lab.viz import routing, style
 from llama4lab.widgets.bars import Bars, Details
+from llama4lab.widgets.controls import buttons, dropdown, one_of, slider
 from llama4lab.widgets.levels import Levels
-from llama4lab.widgets.routing.controls import buttons, dropdown, one_of, slider
+from llama4lab.widgets.map_view import MapView, Picture, lines_of
 from llama4lab.widgets.routing.loads import Counted, Source, groupings
-from llama4lab.widgets.routing.map_view import MapView, Picture, lines_of
 
 DOUBLINGS = 4.0  # at the ends of the scale of lifts
 MEASURES = {"share": "share of the group's tokens", "lift": "lift: times as often as over all tokens, log2"}

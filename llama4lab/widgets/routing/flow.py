@@ -16,10 +16,10 @@ from llama4lab.run.run import Run
 from llama4lab.tables import routing as tables
 from llama4lab.tables.routing.choices import bare_choices
 from llama4lab.viz import routing, style
+from llama4lab.widgets.controls import STYLE, one_of
 from llama4lab.widgets.levels import Levels
-from llama4lab.widgets.routing.controls import STYLE, one_of
+from llama4lab.widgets.map_view import MOST_TEXTS, MapView, Picture, lines_of, picture_html
 from llama4lab.widgets.routing.loads import Counted, Source
-from llama4lab.widgets.routing.map_view import MOST_TEXTS, MapView, Picture, lines_of, picture_html
 
 MOST_LAYERS = 4  # at the beginning
 

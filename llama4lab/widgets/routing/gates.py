@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 
 from llama4lab.tables.routing.gates import gate_curve as gate_curve_of
 from llama4lab.viz import routing
-from llama4lab.widgets.routing.map_view import lines_of, picture_html
+from llama4lab.widgets.map_view import lines_of, picture_html
 from llama4lab.widgets.routing.places import PlaceView
 
 

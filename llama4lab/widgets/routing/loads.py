@@ -15,9 +15,9 @@ from llama4lab.tables.routing.loads import expert_load as expert_load_of
 from llama4lab.viz import routing, style
 from llama4lab.viz.expert_colors import expert_colors
 from llama4lab.widgets.bars import Bars, Details
+from llama4lab.widgets.controls import dropdown, one_of, slider
 from llama4lab.widgets.levels import Levels
-from llama4lab.widgets.routing.controls import dropdown, one_of, slider
-from llama4lab.widgets.routing.map_view import MapView, Picture, lines_of
+from llama4lab.widgets.map_view import MapView, Picture, lines_of
 
 ALL = "all"
 GROUPINGS = ("group", "modality", "row")

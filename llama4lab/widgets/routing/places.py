@@ -14,9 +14,9 @@ from llama4lab.run.metrics import Metric
 from llama4lab.run.recording import record
 from llama4lab.tables.routing.choices import ROUTER
 from llama4lab.tables.routing.choices import decisions as decisions_of
+from llama4lab.widgets.controls import dropdown, one_of, slider
+from llama4lab.widgets.map_view import Picture, lines_of
 from llama4lab.widgets.routing.choices import TokenMap, axes_of, choice_picture, chosen
-from llama4lab.widgets.routing.controls import dropdown, one_of, slider
-from llama4lab.widgets.routing.map_view import Picture, lines_of
 
 SLOT = 0  # the token's best expert
 

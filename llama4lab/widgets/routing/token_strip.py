@@ -13,10 +13,10 @@ from llama4lab.run.run import Run
 from llama4lab.tables.routing.choices import decisions as decisions_of
 from llama4lab.viz import routing
 from llama4lab.viz.expert_colors import expert_color, expert_colors
+from llama4lab.widgets.controls import bar, dropdown, one_of, slider
 from llama4lab.widgets.fallback import WithFallback
 from llama4lab.widgets.levels import Levels
 from llama4lab.widgets.routing.choices import choice_notes
-from llama4lab.widgets.routing.controls import bar, dropdown, one_of, slider
 from llama4lab.widgets.token_text import visible
 from llama4lab.widgets.tokens import Tokens
 

@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from llama4lab.viz.expert_colors import expert_color
-from llama4lab.viz.vision import tokens
+from llama4lab.viz.vision.overlay import tokens
 
 PICTURE = Image.new("RGB", (20, 10), (0, 0, 255))
 

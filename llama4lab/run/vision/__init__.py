@@ -1,0 +1,1 @@
+"""Images, watched and changed."""
