@@ -7,7 +7,7 @@ import typer
 
 from llama4lab.checkpoint.locating import locate
 from llama4lab.checkpoint.summary import summarize
-from llama4lab.model.loading import empty_model
+from llama4lab.model.loading import empty_model, opened
 from llama4lab.tour import tour as write_tour
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="See, change and measure everything inside Llama 4.")
@@ -26,7 +26,9 @@ def tour(
 @app.command()
 def info(checkpoint: Checkpoint) -> None:
     """Say what is in a checkpoint, from its headers alone."""
-    typer.echo(summarize(locate(checkpoint)))
+    folder = locate(checkpoint)
+    model = empty_model(folder)
+    typer.echo(summarize(model.config, opened(folder, model)))
 
 
 @app.command()

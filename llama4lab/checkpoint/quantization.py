@@ -1,16 +1,21 @@
-"""Signs that a checkpoint is quantized. Reading such weights as plain numbers would give a model of noise."""
+"""Signs that a checkpoint is quantized, and the refusal of what cannot be read.
+
+Reading quantized weights as plain numbers, or without one of their scales, would give a model of noise.
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from llama4lab.checkpoint.recognition import PLAIN_DTYPES
 from llama4lab.checkpoint.shards import Shards
 from llama4lab.checkpoint.strict_json import read_json
 
-PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# What configs call the methods whose weights can be read; MLX writes bits and group size without a name.
+READABLE = {"compressed-tensors", "bitsandbytes", "modelopt", "fbgemm_fp8"}
+# Scales of activations and of cached keys and values: weights are read, activations stay as they are.
+FOR_ACTIVATIONS = re.compile(r"[._](input_scale|input_scale_ub|input_global_scale|k_scale|v_scale|output_scale)$")
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 CONFIG_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
@@ -29,29 +34,57 @@ SIGNS = {
 }
 
 
-def refuse_quantized_config(config: Mapping[str, Any], file: Path) -> None:
-    """Raises ValueError when a config, or a file beside it, says that the weights are quantized."""
+def refuse_unknown_method(config: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError when a config, or a file beside it, says that the weights are quantized in an unknown way."""
     sections = {"": config, "text_config.": config.get("text_config"), "vision_config.": config.get("vision_config")}
     for prefix, section in sections.items():
         for key in CONFIG_KEYS:
             if isinstance(section, Mapping) and section.get(key) is not None:
-                settings = section[key]
-                method = settings.get("quant_method", settings) if isinstance(settings, Mapping) else settings
-                raise ValueError(_refusal(f"{file}: {prefix}{key} says quantized with {str(method)[:80]}"))
+                _refuse_settings(section[key], f"{file}: {prefix}{key}")
     for name in CONFIG_FILES:
         if (file.parent / name).is_file():
             producer = read_json(file.parent / name).get("producer")
             by = producer.get("name", "") if isinstance(producer, Mapping) else ""
-            raise ValueError(_refusal(f"{file.parent / name} says quantized" + (f" with {by}" if by else "")))
+            if by != "modelopt":
+                raise ValueError(_refusal(f"{file.parent / name} says quantized" + (f" with {by}" if by else "")))
 
 
-def refuse_quantized_tensors(shards: Shards) -> None:
-    """Raises ValueError when a tensor is a scale or the like, or is not stored in a plain floating-point dtype."""
+def _refuse_settings(settings: Any, where: str) -> None:
+    method = settings.get("quant_method", settings) if isinstance(settings, Mapping) else settings
+    if str(method) not in READABLE and not _is_unnamed(settings):
+        raise ValueError(_refusal(f"{where} says quantized with {str(method)[:80]}"))
+    if isinstance(settings, Mapping) and settings.get("transform_config"):
+        raise ValueError(_refusal(f"{where} says that the weights are rotated (transform_config)"))
+    sparsity = settings.get("sparsity_config") if isinstance(settings, Mapping) else None
+    if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
+        raise ValueError(_refusal(f"{where} says that the weights are stored sparse ({sparsity['format']})"))
+
+
+def _is_unnamed(settings: Any) -> bool:
+    """Whether settings are those of MLX, or of early compressed-tensors, which do not say whose they are."""
+    if not isinstance(settings, Mapping) or "quant_method" in settings:
+        return False
+    return {"bits", "group_size"} <= settings.keys() or bool({"config_groups", "format"} & settings.keys())
+
+
+def is_for_activations(name: str) -> bool:
+    """Whether a tensor is a scale of activations, which the weights do not need."""
+    return FOR_ACTIVATIONS.search(name) is not None
+
+
+def refuse_unread(shards: Shards, read: Set[str]) -> None:
+    """Raises ValueError when a tensor that nobody reads is a scale or the like, or is not a plain number.
+
+    Args:
+        shards: The files.
+        read: The names on disk of the tensors that are read.
+    """
+    unread = [name for name in shards if name not in read and not is_for_activations(name)]
     for sign, writer in SIGNS.items():
-        for name in shards:
+        for name in unread:
             if re.search(sign, name):
                 raise ValueError(_refusal(f"{shards.file(name)}: {name} shows weights quantized with {writer}"))
-    for name in shards:
+    for name in unread:
         dtype = shards.spec(name).dtype
         if dtype not in PLAIN_DTYPES:
             found = f"{shards.file(name)}: {name} is stored as {str(dtype).removeprefix('torch.')}, without a scale"
@@ -59,4 +92,7 @@ def refuse_quantized_tensors(shards: Shards) -> None:
 
 
 def _refusal(found: str) -> str:
-    return f"{found}.\nReadable are bfloat16, float16 and float32 weights; load the version that is not quantized."
+    return (
+        f"{found}, in a form that cannot be read.\nReadable are plain numbers, compressed-tensors (int4, int8, FP8, "
+        "NVFP4), bitsandbytes (nf4, fp4), modelopt (FP8, NVFP4), fbgemm and MLX."
+    )

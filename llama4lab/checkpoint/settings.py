@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, Llama4Config, Llama4TextConfig, Llama4VisionConfig, PreTrainedConfig
 
 from llama4lab.checkpoint.consistency import check_raw_sizes, check_text, check_together, check_vision
-from llama4lab.checkpoint.quantization import refuse_quantized_config
+from llama4lab.checkpoint.quantization import refuse_unknown_method
 from llama4lab.checkpoint.spelling import near_misses
 from llama4lab.checkpoint.strict_json import read_json
 
@@ -26,10 +26,11 @@ LEGACY = {"torch_dtype", "rope_theta", "rope_scaling", "num_labels", "attn_imple
 # Published keys that never change a number of the forward pass.
 WITHOUT_EFFECT = {
     "add_cross_attention", "auto_map", "bad_words_ids", "begin_suppress_tokens", "cache_implementation",
-    "cross_attention_hidden_size", "experts_implementation", "finetuning_task", "for_llm_compressor", "is_decoder",
-    "keys_to_ignore_at_inference", "name_or_path", "prefix", "pruned_heads", "quantization_config", "sep_token_id",
-    "suppress_tokens", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class",
-    "torchscript", "unsloth_fixed", "unsloth_version", "use_bfloat16",
+    "compression_config", "cross_attention_hidden_size", "experts_implementation", "finetuning_task",
+    "for_llm_compressor", "is_decoder", "keys_to_ignore_at_inference", "name_or_path", "prefix", "pruned_heads",
+    "quantization", "quantization_config", "sep_token_id", "suppress_tokens", "task_specific_params",
+    "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "torchscript", "unsloth_fixed", "unsloth_version",
+    "use_bfloat16",
 }  # fmt: skip
 
 # Keys that would change numbers if they had another value than the one every published checkpoint has.
@@ -61,7 +62,7 @@ def read_config(folder: Path) -> Llama4Config | Llama4TextConfig:
             f"{file}: model_type is {model_type!r}; llama4lab opens Llama 4 checkpoints only, "
             'which say "llama4" or, for text alone, "llama4_text".'
         )
-    refuse_quantized_config(document, file)
+    refuse_unknown_method(document, file)
     if model_type == "llama4_text":
         text = _build(Llama4TextConfig, document, file, section="")
         check_text(text, file, section="")

@@ -65,6 +65,36 @@ class Shards(Mapping[str, Tensor]):
             values = bytearray(values)
         return torch.frombuffer(values, dtype=spec.dtype).view(spec.shape)
 
+    def nbytes(self, name: str, index: int | None = None) -> int:
+        """Gives how many bytes a tensor, or one slice along its first axis, takes in its file."""
+        spec = self.spec(name)
+        return spec.nbytes if index is None else spec.nbytes // spec.shape[0]
+
+    def read(self, name: str, index: int | None = None) -> Shaped[Tensor, "..."]:
+        """Gives a tensor, or one slice along its first axis, in memory of its own: exactly these bytes are read.
+
+        A mapping would let the system read much more ahead. Threads may read at the same time.
+
+        Raises:
+            IndexError: if there is no such slice.
+            OSError: if the file has become shorter, or cannot be read any more.
+        """
+        spec = self.spec(name)
+        shape = spec.shape if index is None else spec.shape[1:]
+        if index is not None and not 0 <= index < spec.shape[0]:
+            raise IndexError(f"{self.file(name)}: slice {index} of {name} was asked for; it has {spec.shape[0]}.")
+        size = self.nbytes(name, index)
+        values, start = bytearray(size), spec.start + (index or 0) * size
+        with self.file(name).open("rb", buffering=0) as opened:
+            opened.seek(start)
+            done = 0
+            while done < size:
+                count = opened.readinto(memoryview(values)[done:])
+                if not count:
+                    raise OSError(f"{self.file(name)} ends before {name} does; it has changed since it was opened.")
+                done += count
+        return torch.frombuffer(values, dtype=spec.dtype).view(shape) if size else torch.empty(shape, dtype=spec.dtype)
+
     def __contains__(self, name: object) -> bool:
         return name in self._file
 

@@ -7,11 +7,8 @@ from pathlib import Path
 
 from transformers import Llama4Config, Llama4TextConfig
 
-from llama4lab.checkpoint.header import Spec
 from llama4lab.checkpoint.layouts import Layout
-from llama4lab.checkpoint.quantization import refuse_quantized_tensors
-from llama4lab.checkpoint.settings import read_config
-from llama4lab.checkpoint.shards import Shards
+from llama4lab.checkpoint.weights import Weights
 
 # The part of the model a tensor belongs to; the first pattern found in its name counts.
 COMPONENTS = {
@@ -39,6 +36,7 @@ class Summary:
         parameters: How many numbers each component has.
         nbytes: How many bytes each component takes on disk.
         dtypes: How many tensors are stored in each dtype.
+        schemes: How many matrices are quantized in each way.
         layers: The kind of each text layer, such as `"RoPE, MoE"` or `"NoPE, dense"`.
         files: How many files hold the weights.
     """
@@ -48,6 +46,7 @@ class Summary:
     parameters: dict[str, int]
     nbytes: dict[str, int]
     dtypes: dict[str, int]
+    schemes: dict[str, int]
     layers: list[str]
     files: int
 
@@ -56,50 +55,51 @@ class Summary:
         rows.append(("total", sum(self.parameters.values()), sum(self.nbytes.values())))
         kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(self.layers).items())
         dtypes = ", ".join(f"{dtype} ({count} tensors)" for dtype, count in self.dtypes.items())
+        schemes = "; ".join(f"{name} ({count} matrices)" for name, count in self.schemes.items())
         return "\n".join(
             [
                 f"{self.folder}: {self.layout}, in {self.files} file{'s' if self.files > 1 else ''}",
                 f"layers: {kinds}",
                 f"stored as {dtypes}",
+                *([f"quantized as {schemes}"] if schemes else []),
                 f"{'component':<16}{'parameters':>18}{'bytes':>20}",
                 *(f"{name:<16}{parameters:>18,}{nbytes:>20,}" for name, parameters, nbytes in rows),
             ]
         )
 
 
-def summarize(folder: Path) -> Summary:
-    """Gives the summary of the checkpoint in a folder.
+def summarize(config: Llama4Config | Llama4TextConfig, weights: Weights) -> Summary:
+    """Gives the summary of a checkpoint.
 
-    Raises:
-        FileNotFoundError: if config.json or the weights are not there.
-        ValueError: if they cannot be understood, or the weights are quantized.
+    Args:
+        config: Its config.
+        weights: Its weights, opened for the model of the config.
     """
-    config = read_config(folder)
-    shards = Shards(folder)
-    refuse_quantized_tensors(shards)
+    shards = weights.shards
     parameters: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
+    for name, count in weights.counts().items():
+        parameters[_component(name)] += count
     for name in shards:
         spec = shards.spec(name)
-        part = next(part for part, pattern in COMPONENTS.items() if re.search(pattern, name))
-        parameters[part] += _count(spec)
-        nbytes[part] += spec.nbytes
+        nbytes[_component(name)] += spec.nbytes
         dtypes[str(spec.dtype).removeprefix("torch.")] += 1
-    present = [part for part in COMPONENTS if part in parameters]
+    present = [part for part in COMPONENTS if part in nbytes]
     return Summary(
-        folder=folder,
-        layout=Layout.of(shards),
+        folder=shards.folder,
+        layout=weights.layout,
         parameters={part: parameters[part] for part in present},
         nbytes={part: nbytes[part] for part in present},
         dtypes=dict(dtypes.most_common()),
+        schemes=weights.schemes(),
         layers=_layer_kinds(config),
         files=len({shards.file(name) for name in shards}),
     )
 
 
-def _count(spec: Spec) -> int:
-    return spec.nbytes // spec.dtype.itemsize
+def _component(name: str) -> str:
+    return next(part for part, pattern in COMPONENTS.items() if re.search(pattern, name))
 
 
 def _layer_kinds(config: Llama4Config | Llama4TextConfig) -> list[str]:

@@ -1,13 +1,17 @@
 """The tensors of a checkpoint under the names that the model has for them."""
 
+from collections import Counter
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llama4lab.checkpoint.layouts import UNFUSED, VISION, Layout, Shape
-from llama4lab.checkpoint.quantization import refuse_quantized_tensors
+from llama4lab.checkpoint.layouts import VISION, Layout, Shape, is_bank
+from llama4lab.checkpoint.matrices import Matrix
+from llama4lab.checkpoint.quantization import is_for_activations, refuse_unread
+from llama4lab.checkpoint.recognition import PLAIN_DTYPES, Recognition
 from llama4lab.checkpoint.shards import Shards
 from llama4lab.checkpoint.spelling import listed, near_misses
 
@@ -22,37 +26,71 @@ class Weights:
             the name of that other.
 
     Raises:
-        ValueError: if the checkpoint is quantized, or lacks a tensor of the model, or has one too many, or one of
-            another shape. Nothing is read yet.
+        ValueError: if the checkpoint is quantized in a way that cannot be read, or lacks a tensor of the model, or has
+            one too many, or one of another shape. Nothing is read yet.
     """
 
     def __init__(self, shards: Shards, expected: Mapping[str, Shape], tied: Mapping[str, str] | None = None):
-        refuse_quantized_tensors(shards)
         self.shards = shards
         self.layout = Layout.of(shards)
+        self._shapes = dict(expected)
+        self._packed: dict[str, list[list[Matrix]]] = {}
+        self._banks = {name for name, shape in expected.items() if is_bank(name, shape)}
         self._stored = {name: self.layout.stored(name, shape) for name, shape in expected.items()}
         for name, other in (tied or {}).items():
             stored = self.layout.stored(name, expected[other])
             if all(on_disk in shards for on_disk in stored):
                 self._stored[name] = stored
+                self._shapes[name] = expected[other]
+        self._recognition = Recognition(shards)
+        for name, shape in self._shapes.items():
+            if not self._is_plain(name, shape) and (found := self._recognised(name, shape)):
+                self._packed[name] = found
+                self._stored[name] = {}
+        refuse_unread(shards, self._read_names())
         self._check_names()
         self._check_shapes()
+
+    @property
+    def packed(self) -> list[str]:
+        """The names in the model of tensors that are quantized, in whole or in part."""
+        return [name for name, banks in self._packed.items() if any(not m.is_plain for own in banks for m in own)]
+
+    def matrices(self, name: str) -> list[list[Matrix]]:
+        """Gives the matrices of a tensor of the model as they are stored: a list for each expert, or one in all.
+
+        Those of an expert are joined along `out`.
+        """
+        found = self._packed.get(name) or self._recognised(name, self._shapes[name])
+        if found is None:
+            raise KeyError(f"{name} is not made of matrices.")
+        return found
+
+    def counts(self) -> dict[str, int]:
+        """Gives how many numbers each tensor of the model has."""
+        return {name: prod(shape) for name, shape in self._shapes.items()}
+
+    def schemes(self) -> dict[str, int]:
+        """Gives how many matrices are stored in each way that is not plain, the commonest first."""
+        found = [m.scheme.name for banks in self._packed.values() for own in banks for m in own if not m.is_plain]
+        return dict(Counter(found).most_common())
 
     def in_file_order(self) -> list[str]:
         """Gives the names in the model in the order in which reading them walks through the files once."""
 
         def place(name: str) -> tuple[str, int]:
-            first = next(iter(self._stored[name]))
+            first = next(iter(self._names_of(name)))
             return str(self.shards.file(first)), self.shards.spec(first).start
 
         return sorted(self._stored, key=place)
 
     def dtypes(self) -> dict[torch.dtype, int]:
-        """Gives how many bytes are stored in each dtype, the commonest first."""
+        """Gives how many bytes are stored as plain numbers in each dtype, the commonest first."""
         nbytes: dict[torch.dtype, int] = {}
         for name in self.shards:
             spec = self.shards.spec(name)
-            nbytes[spec.dtype] = nbytes.get(spec.dtype, 0) + spec.nbytes
+            if spec.dtype in PLAIN_DTYPES:
+                nbytes[spec.dtype] = nbytes.get(spec.dtype, 0) + spec.nbytes
         return dict(sorted(nbytes.items(), key=lambda item: -item[1]))
 
     def read(
@@ -60,15 +98,64 @@ class Weights:
     ) -> Float[Tensor, "..."]:
         """Gives one tensor of the model, in the dtype it is stored in unless another is asked for.
 
-        On the CPU, without a change of dtype, it shares the memory of the file.
+        On the CPU, without a change of dtype, it shares the memory of the file. What is quantized comes as the numbers
+        it stands for, in float32 unless another dtype is asked for.
 
         Raises:
             ValueError: if a value is NaN or infinite, or becomes so in the dtype that was asked for.
         """
+        if name in self._packed:
+            return self._unpacked(name, dtype or torch.float32, device)
         stored = list(self._stored[name])
-        if UNFUSED.search(stored[0]):
+        if name in self._banks and self.layout.experts == "unfused":
             return self._joined(stored, dtype, device)
         return self._part(stored[0], dtype, device)
+
+    def _is_plain(self, name: str, shape: Shape) -> bool:
+        """Whether a tensor is there as numbers: in one, or one for each expert."""
+        if is_bank(name, shape) and self.layout.experts == "stacked":
+            return False
+        stored = self._stored[name]
+        return all(self._has_numbers(on_disk) for on_disk in stored)
+
+    def _recognised(self, name: str, shape: Shape) -> list[list[Matrix]] | None:
+        """The matrices of a tensor; None where one of them is not there in a known form."""
+        if len(shape) != 2 and not is_bank(name, shape):
+            return None
+        found: list[list[Matrix]] = []
+        for places in self.layout.matrices(name, shape):
+            own = [self._matrix(name, base, inner, index, shape) for base, inner, index in places]
+            if any(matrix is None for matrix in own):
+                return None
+            found.append([matrix for matrix in own if matrix is not None])
+        return found
+
+    def _matrix(self, name: str, base: str, inner: tuple[int, int], index: int | None, shape: Shape) -> Matrix | None:
+        if is_bank(name, shape) and self.layout.experts == "fused":
+            return self._recognition.fused(base, shape, index or 0)
+        return self._recognition.linear(base, inner, index)
+
+    def _names_of(self, name: str) -> list[str]:
+        if name not in self._packed:
+            return list(self._stored[name])
+        return [part.name for own in self._packed[name] for matrix in own for part in matrix.parts.values()]
+
+    def _read_names(self) -> set[str]:
+        plain = (name for name in self._stored if name not in self._packed)
+        read = {on_disk for name in plain for on_disk in self._stored[name] if self._has_numbers(on_disk)}
+        return read | {on_disk for name in self._packed for on_disk in self._names_of(name)}
+
+    def _has_numbers(self, on_disk: str) -> bool:
+        return on_disk in self.shards and self.shards.spec(on_disk).dtype in PLAIN_DTYPES
+
+    def _unpacked(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Float[Tensor, "..."]:
+        """The numbers of quantized matrices; those of experts stacked, as [expert, in, out]."""
+
+        def joined(own: list[Matrix]) -> Float[Tensor, "d_out d_in"]:
+            return torch.cat([matrix.dense(matrix.mapped(self.shards), dtype).to(device) for matrix in own])
+
+        made = [joined(own) for own in self._packed[name]]
+        return torch.stack([matrix.T for matrix in made]) if name in self._banks else made[0]
 
     def _part(self, on_disk: str, dtype: torch.dtype | None, device: torch.device | str) -> Float[Tensor, "..."]:
         source = self.shards[on_disk]
@@ -100,7 +187,8 @@ class Weights:
     def _check_names(self) -> None:
         needed = {on_disk for stored in self._stored.values() for on_disk in stored}
         missing = sorted(needed - set(self.shards))
-        extra = sorted(set(self.shards) - needed)
+        read = needed | self._read_names()
+        extra = sorted(name for name in self.shards if name not in read and not is_for_activations(name))
         if not missing and not extra:
             return
         advice = self._advice(missing, extra)

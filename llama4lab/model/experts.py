@@ -1,5 +1,8 @@
 """The routed experts: each token visits only the experts it was sent to, and only their weights are read."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -7,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Llama4TextConfig
 from transformers.activations import ACT2FN
 
+from llama4lab.model.expert_bank import ExpertBank
 from llama4lab.model.hook_point import HookPoint
 
 HALF = (torch.bfloat16, torch.float16)
@@ -16,14 +20,15 @@ DIRECT_LIMIT = 4  # up to so many (token, slot) pairs, sorting them by expert co
 class Experts(nn.Module):
     """A bank of gated MLPs whose weights are stacked, `[in, out]`, gate before up.
 
+    The weights are parameters, or banks of experts that are packed or wait elsewhere (`hold`); both are read alike.
     Hook points: `hidden`, the neurons of each chosen expert, and `out`, what each chosen expert writes.
     """
 
     def __init__(self, config: Llama4TextConfig):
         super().__init__()
         num_experts, d_model, d_ff = config.num_local_experts, config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, d_model, 2 * d_ff))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
+        self.gate_up_proj: Tensor | ExpertBank = nn.Parameter(torch.empty(num_experts, d_model, 2 * d_ff))
+        self.down_proj: Tensor | ExpertBank = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
         self.activation = ACT2FN[config.hidden_act]
         self.hidden = HookPoint("batch seq slot d_ff", lazy=True)
         self.out = HookPoint("batch seq slot d_model")
@@ -56,8 +61,29 @@ class Experts(nn.Module):
         gate, up = self._matmul(inputs, self.gate_up_proj, groups).chunk(2, dim=-1)
         return up * self.activation(gate)
 
-    def _matmul(self, rows: Float[Tensor, "row d_in"], weight: Float[Tensor, "expert d_in d_out"], groups) -> Tensor:
+    def hold(self, name: str, bank: ExpertBank) -> None:
+        """Puts a bank in the place of the parameter `gate_up_proj` or `down_proj`."""
+        self._parameters.pop(name, None)
+        setattr(self, name, bank)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Experts":
+        super()._apply(fn, recurse)
+        for name in ("gate_up_proj", "down_proj"):
+            if isinstance(bank := getattr(self, name), ExpertBank):
+                setattr(self, name, bank.moved(fn))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("gate_up_proj", "down_proj"):
+            if isinstance(bank := getattr(self, name), ExpertBank):
+                destination[prefix + name] = torch.stack([bank[expert] for expert in range(len(bank))])
+
+    def _matmul(self, rows: Float[Tensor, "row d_in"], weight: Tensor | ExpertBank, groups) -> Tensor:
         """Each group of rows times the weight of its expert; rows of a group stand together."""
+        if isinstance(weight, ExpertBank):
+            parts = rows.split([count for _, count in groups])
+            return torch.cat(weight.products(parts, [expert for expert, _ in groups]))
         if _one_call_is_faster(rows):
             sizes = torch.zeros(weight.shape[0], dtype=torch.int32)
             for expert, count in groups:

@@ -12,6 +12,7 @@ from transformers import initialization as init
 
 from llama4lab.model.cache import new_cache
 from llama4lab.model.config_parts import text_part
+from llama4lab.model.expert_store import ExpertStore
 from llama4lab.model.experts import Experts
 from llama4lab.model.hook_points import HookPoints, hook_points
 from llama4lab.model.output import CACHE, one_cache
@@ -29,6 +30,7 @@ class HookedPreTrainedModel(Promptable, PreTrainedModel):
     Attributes:
         published_name: The name of the class in transformers, which other tools look for in config.json.
         folder: Where the checkpoint was loaded from, or None.
+        store: What the routed experts are fetched from, if they wait on disk.
     """
 
     supports_gradient_checkpointing = True
@@ -40,14 +42,15 @@ class HookedPreTrainedModel(Promptable, PreTrainedModel):
     loss_type = "ForCausalLM"
     published_name: str
     folder: Path | None = None
+    store: ExpertStore | None = None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Experts):
             std = text_part(self.config).initializer_range
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
+            init.normal_(module.get_parameter("gate_up_proj"), mean=0.0, std=std)
+            init.normal_(module.get_parameter("down_proj"), mean=0.0, std=std)
         elif isinstance(module, VisionModel):
             init.normal_(module.class_embedding, std=module.config.hidden_size**-0.5)
             init.normal_(module.positional_embedding_vlm, std=module.config.hidden_size**-0.5)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from llama4lab.checkpoint.quantization import refuse_quantized_tensors
+from llama4lab.checkpoint.quantization import refuse_unread
 from llama4lab.checkpoint.settings import read_config
 from llama4lab.checkpoint.shards import Shards
 
@@ -50,7 +50,6 @@ WRITERS = {
         {f"{LINEAR}.weight": U8, f"{LINEAR}.weight_scale": FP8, f"{LINEAR}.weight_scale_2": F32},
         "modelopt",
     ),
-    "modelopt cache scales": ({"model.layers.0.self_attn.k_proj.k_scale": F32}, "modelopt"),
     "fbgemm": ({FUSED: FP8, f"{FUSED}_scale": F32}, "fbgemm"),
     "block-wise FP8": ({f"{LINEAR}.weight": FP8, f"{LINEAR}.weight_scale_inv": F32}, "block-wise FP8"),
     "GPTQ": ({f"{LINEAR}.qweight": I32, f"{LINEAR}.qzeros": I32, f"{LINEAR}.scales": torch.float16}, "GPTQ or AWQ"),
@@ -68,7 +67,7 @@ def test_quantized_tensors_are_refused_with_file_and_tensor(tmp_path, make, text
     quantized = {name: torch.zeros(2, 2).to(dtype) for name, dtype in dtypes.items()}
     shards = Shards(make.saved(tmp_path / "quantized", text_only, plain | quantized))
     with pytest.raises(ValueError, match=writer) as error:
-        refuse_quantized_tensors(shards)
+        refuse_unread(shards, set())
     assert "model.safetensors: model.layers.0." in str(error.value)
     assert any(name in str(error.value) for name in quantized)
     assert len(str(error.value).splitlines()) == 2
@@ -77,24 +76,20 @@ def test_quantized_tensors_are_refused_with_file_and_tensor(tmp_path, make, text
 def test_plain_tensors_of_any_float_dtype_are_not_refused(tmp_path, make, multimodal):
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         tensors = {name: tensor.to(dtype) for name, tensor in make.tensors(multimodal).items()}
-        refuse_quantized_tensors(Shards(make.saved(tmp_path / str(dtype), multimodal, tensors)))
+        refuse_unread(Shards(make.saved(tmp_path / str(dtype), multimodal, tensors)), set())
 
 
 @pytest.mark.parametrize(
     ("key", "settings", "method"),
     [
-        (
-            "quantization_config",
-            {"quant_method": "compressed-tensors", "format": "float-quantized"},
-            "compressed-tensors",
-        ),
         ("quantization_config", {"quant_method": "of tomorrow"}, "of tomorrow"),
-        ("compression_config", {"format": "pack-quantized"}, "pack-quantized"),
-        ("quantization", {"group_size": 64, "bits": 4}, "group_size"),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"),
+        ("quantization_config", "fp8", "fp8"),
+        ("quantization", {"group_size": 64}, "group_size"),
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_config_that_says_quantized_is_refused_with_the_method(tmp_path, multimodal, key, settings, method, nested):
+def test_a_config_that_names_an_unknown_method_is_refused_with_it(tmp_path, multimodal, key, settings, method, nested):
     multimodal.save_pretrained(tmp_path)
     document = json.loads((tmp_path / "config.json").read_text())
     (document["text_config"] if nested else document)[key] = settings
@@ -110,8 +105,23 @@ def test_a_quantization_config_of_null_is_none(tmp_path, multimodal):
     assert read_config(tmp_path).model_type == "llama4"
 
 
-def test_a_file_beside_the_config_that_says_quantized_is_enough(tmp_path, multimodal):
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R1": {}}}}, "are rotated"),
+        ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}}, "stored sparse"),
+    ],
+)
+def test_weights_that_need_more_than_a_scale_are_refused(tmp_path, multimodal, settings, found):
     multimodal.save_pretrained(tmp_path)
-    (tmp_path / "hf_quant_config.json").write_text('{"producer": {"name": "modelopt"}, "quantization": {}}')
-    with pytest.raises(ValueError, match=r"hf_quant_config\.json says quantized with modelopt"):
+    document = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(document | {"quantization_config": settings}))
+    with pytest.raises(ValueError, match=found):
+        read_config(tmp_path)
+
+
+def test_a_file_beside_the_config_that_says_quantized_by_somebody_unknown_is_enough(tmp_path, multimodal):
+    multimodal.save_pretrained(tmp_path)
+    (tmp_path / "hf_quant_config.json").write_text('{"producer": {"name": "nobody"}, "quantization": {}}')
+    with pytest.raises(ValueError, match=r"hf_quant_config\.json says quantized with nobody"):
         read_config(tmp_path)

@@ -2,19 +2,27 @@ import json
 import os
 from math import prod
 
-from llama4lab.checkpoint.summary import summarize
+from llama4lab.checkpoint.settings import read_config
+from llama4lab.checkpoint.shards import Shards
+from llama4lab.checkpoint.summary import Summary, summarize
+from llama4lab.checkpoint.weights import Weights
+
+
+def summarized(make, folder) -> Summary:
+    config = read_config(folder)
+    return summarize(config, Weights(Shards(folder), make.shapes(config)))
 
 
 def test_components_add_up_to_the_whole_checkpoint(tmp_path, make, multimodal):
     tensors = make.tensors(multimodal)
-    summary = summarize(make.saved(tmp_path / "whole", multimodal, tensors))
+    summary = summarized(make, make.saved(tmp_path / "whole", multimodal, tensors))
     assert sum(summary.parameters.values()) == sum(tensor.numel() for tensor in tensors.values())
     assert summary.nbytes == {part: 2 * count for part, count in summary.parameters.items()}
     assert "other" not in summary.parameters
 
 
 def test_components_are_counted_by_hand(tmp_path, make, text_only):
-    summary = summarize(make.saved(tmp_path / "text", text_only, make.tensors(text_only)))
+    summary = summarized(make, make.saved(tmp_path / "text", text_only, make.tensors(text_only)))
     assert summary.parameters == {
         "embeddings": 24 * 16,
         "lm_head": 24 * 16,
@@ -31,14 +39,14 @@ def test_components_are_counted_by_hand(tmp_path, make, text_only):
 
 def test_fused_and_unfused_layouts_have_the_same_components(tmp_path, make, multimodal):
     tensors = make.tensors(multimodal)
-    fused = summarize(make.saved(tmp_path / "fused", multimodal, tensors))
-    unfused = summarize(make.saved(tmp_path / "unfused", multimodal, make.unfused(tensors), shards=2))
+    fused = summarized(make, make.saved(tmp_path / "fused", multimodal, tensors))
+    unfused = summarized(make, make.saved(tmp_path / "unfused", multimodal, make.unfused(tensors), shards=2))
     assert fused.parameters == unfused.parameters
     assert (fused.files, unfused.files) == (1, 2)
 
 
 def test_the_summary_reads_as_a_table(tmp_path, make, multimodal):
-    text = str(summarize(make.saved(tmp_path / "table", multimodal, make.tensors(multimodal), shards=2)))
+    text = str(summarized(make, make.saved(tmp_path / "table", multimodal, make.tensors(multimodal), shards=2)))
     assert "text and vision, fused experts, in 2 files" in text
     assert "layers: 2 x RoPE, dense, 1 x RoPE, MoE, 1 x NoPE, MoE" in text
     assert text.splitlines()[-1].startswith("total")
@@ -80,7 +88,7 @@ def test_a_checkpoint_of_the_size_of_scout_is_summarized_from_its_header(tmp_pat
     file = tmp_path / "model.safetensors"
     file.write_bytes(make.file_bytes(text_header))
     os.truncate(file, 8 + len(text_header) + end)
-    summary = summarize(tmp_path)
+    summary = summarized(make, tmp_path)
     assert 108.6e9 < sum(summary.parameters.values()) < 108.7e9
     assert summary.parameters["routed experts"] == 48 * 16 * 3 * 5120 * 8192
     assert summary.parameters["embeddings"] == summary.parameters["lm_head"] == 202048 * 5120

@@ -25,13 +25,17 @@ def routing(batch: int, seq: int, slots: int, num_experts: int, dtype=torch.floa
     return x.to(dtype), top.indices, top.values.sigmoid().to(dtype)
 
 
+def weight(experts: Experts, name: str) -> torch.Tensor:
+    return experts.get_parameter(name)
+
+
 def by_loop(experts: Experts, x, indices, gates) -> torch.Tensor:
     """All experts on all tokens, one at a time; then the chosen ones."""
     outs = []
     for slot in range(indices.shape[-1]):
         scaled = x * gates[..., slot, None]
         every = []
-        for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
+        for gate_up, down in zip(weight(experts, "gate_up_proj"), weight(experts, "down_proj"), strict=True):
             gate, up = (scaled @ gate_up).chunk(2, -1)
             every.append((up * torch.nn.functional.silu(gate)) @ down)
         picked = torch.stack(every, -2).gather(-2, indices[..., slot, None, None].expand(*x.shape[:2], 1, x.shape[-1]))
@@ -87,7 +91,7 @@ def test_gradients_equal_those_of_the_loop(limit, text_config, monkeypatch):
         gates.requires_grad_()
         out = experts(x, indices, gates) if sparse else by_loop(experts, x, indices, gates)
         (out * torch.arange(16)).sum().backward()
-        grads.append([x.grad, gates.grad, experts.gate_up_proj.grad, experts.down_proj.grad])
+        grads.append([x.grad, gates.grad, weight(experts, "gate_up_proj").grad, weight(experts, "down_proj").grad])
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
@@ -95,14 +99,15 @@ def test_gradients_equal_those_of_the_loop(limit, text_config, monkeypatch):
 def test_an_expert_that_nobody_chose_is_neither_read_nor_given_a_gradient(text_config):
     experts = new_experts(text_config)
     with torch.no_grad():
-        experts.gate_up_proj[2] = torch.nan
+        weight(experts, "gate_up_proj")[2] = torch.nan
     x, indices, gates = routing(2, 9, 1, 4)
     indices[indices == 2] = 3
     out = experts(x, indices, gates)
     out.sum().backward()
     assert out.isfinite().all()
-    assert experts.gate_up_proj.grad is not None
-    assert torch.equal(experts.gate_up_proj.grad[2], torch.zeros(16, 24))
+    gradient = weight(experts, "gate_up_proj").grad
+    assert gradient is not None
+    assert torch.equal(gradient[2], torch.zeros(16, 24))
 
 
 @pytest.mark.parametrize("seq", [1, 9])
@@ -114,7 +119,7 @@ def test_watching_the_neurons_changes_nothing_and_shows_them_in_the_order_of_tok
         watched = experts(x, indices, gates)
     assert torch.equal(plain, watched)
     token, slot = (1, seq - 1), 1
-    gate_up = experts.gate_up_proj[indices[token][slot]]
+    gate_up = weight(experts, "gate_up_proj")[indices[token][slot]]
     gate, up = (x[token] * gates[token][slot] @ gate_up).chunk(2, -1)
     torch.testing.assert_close(seen[0][token][slot], up * torch.nn.functional.silu(gate), atol=1e-5, rtol=1e-5)
 
