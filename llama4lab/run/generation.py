@@ -1,19 +1,28 @@
 """Generating text while watching hook points at every step."""
 
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
-from llama4lab.model.facts import facts
 from llama4lab.model.pretrained import HookedPreTrainedModel
-from llama4lab.prompt.prompt import Prompt
-from llama4lab.run.listening import listening, silent
+from llama4lab.run.generated_prompt import Ending
+from llama4lab.run.generation_steps import GenerationSteps, Step
 from llama4lab.run.recording import as_prompt
 from llama4lab.run.run import Run
 from llama4lab.run.selection import Selector, selected
+
+# Options of transformers that would take the steps apart from the tokens, and what to do instead.
+REFUSED = {
+    "num_beams": "Beams move rows between steps; repeat the prompt and sample instead.",
+    "num_return_sequences": "Several sequences a prompt are more rows than the prompt has; repeat the prompt instead.",
+    "prompt_lookup_num_tokens": "Guessed tokens are read before it is known whether they stay.",
+    "assistant_model": "Guessed tokens are read before it is known whether they stay.",
+    "return_dict_in_generate": "A run is given; its logits and hook points hold what such a result would.",
+}
 
 
 def generate(
@@ -23,6 +32,8 @@ def generate(
     max_new_tokens: int = 20,
     at: Selector = (),
     to: str | torch.device | None = None,
+    each_step: Callable[[Step], bool | None] | None = None,
+    passing: Selector = (),
     **options: Any,
 ) -> Run:
     """Generates with transformers' `generate` and keeps the chosen tensors of every step.
@@ -30,7 +41,7 @@ def generate(
     Tensors of all steps are joined along their sequence axis, so they cover the prompt and every new token but the
     last, which the model never reads. Scores and patterns are aligned on a common key axis; keys that a chunked layer
     had dropped have pattern 0 and score -inf. The run's `prompt` holds the new tokens too, its `logits` are those from
-    which each new token was chosen.
+    which each new token was chosen, before sampling options changed them.
 
     Args:
         model: The model.
@@ -38,73 +49,75 @@ def generate(
         max_new_tokens: How many tokens at most; rows that end earlier are filled up with padding.
         at: Names or globs of hook points.
         to: Where to keep the tensors; by default each stays on its device.
+        each_step: Called after every step with what it gave, a `Step`; generation ends if it returns True.
+        passing: Hook points whose tensors only `each_step` gets, from the second step on: of single new tokens, so
+            that patterns are small however long the prompt is.
         options: For transformers' `generate`, for example `do_sample=True, top_p=0.9`. Greedy by default.
 
     Raises:
-        ValueError: for beams, whose rows change places between the steps; or a name that matches no hook point.
+        ValueError: for options that take the steps apart from the tokens, such as beams; for a cache that is not empty;
+            or a name that matches no hook point.
         RuntimeError: if a chosen hook point never fires.
     """
     prompt = as_prompt(model, prompt)
-    if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
-        raise ValueError("Beams and several sequences a prompt move rows between steps; repeat the prompt instead.")
-    names = selected(model.hook_points(), at)
-    steps: dict[str, list[Tensor]] = {name: [] for name in {*names, "logits"}}
-
-    def keeper(name: str):
-        def keep(tensor: Tensor) -> None:
-            # Only the last position of the prompt chooses a token.
-            kept = tensor[:, -1:] if name == "logits" else tensor
-            steps[name].append(kept if to is None else kept.to(to))
-
-        return keep
-
-    options = {"do_sample": False, "max_new_tokens": max_new_tokens, **options}
-    listeners = {name: keeper(name) for name in steps}
-    with torch.no_grad(), listening(model, listeners) as fired:
-        sequences = cast(Any, model).generate(**prompt.to(model.device).inputs(), **options)
-    silent(names, fired, images=prompt.pixel_values is not None)
-    logits = torch.cat(steps.pop("logits"), dim=1)
     points = model.hook_points()
-    shapes = {name: points[name] for name in names}
-    tensors = {name: _joined(steps[name], shapes[name].split(), name) for name in names}
-    whole = extended(model, prompt, sequences[:, prompt.input_ids.shape[1] :].cpu())
-    positions = list(range(whole.input_ids.shape[1] - 1))
-    chosen_from = positions[-logits.shape[1] :]
-    meta = facts(model.config, model.text)
-    return Run(tensors, shapes, logits, whole, meta, positions=positions, logit_positions=chosen_from)
+    _check(model, options, recording=bool(selected(points, at) or selected(points, passing)))
+    kept: dict[str, list[Tensor]] = {name: [] for name in selected(points, at)}
+    steps = GenerationSteps(model, prompt, kept, selected(points, passing), to, _ending(model, options))
+    counting = _AfterStep(steps, each_step)
+    options = _defaults(options, max_new_tokens)
+    options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), counting])
+    with torch.no_grad(), steps.listening():
+        sequences = cast(Any, model).generate(**prompt.to(model.device).inputs(), **options)
+    steps.check()
+    return steps.run(sequences)
 
 
-def extended(model: HookedPreTrainedModel, prompt: Prompt, new: Int[Tensor, "batch new"]) -> Prompt:
-    """The prompt with generated tokens behind it; what fills up a row that has ended is padding."""
-    ended = _after_end(new, model.generation_config.eos_token_id)
-    tokens, modality = [], []
-    for ids, over in zip(new.tolist(), ended.tolist(), strict=True):
-        texts, kinds = model.prompter.describe(ids)
-        tokens.append(["" if done else text for text, done in zip(texts, over, strict=True)])
-        modality.append(["pad" if done else kind for kind, done in zip(kinds, over, strict=True)])
-    return replace(
-        prompt,
-        input_ids=torch.cat([prompt.input_ids, new], dim=1),
-        attention_mask=torch.cat([prompt.attention_mask, (~ended).to(prompt.attention_mask.dtype)], dim=1),
-        tokens=[old + more for old, more in zip(prompt.tokens, tokens, strict=True)],
-        modality=[old + more for old, more in zip(prompt.modality, modality, strict=True)],
-    )
+class _AfterStep(StoppingCriteria):
+    """What transformers calls when a step has chosen its tokens; it asks the caller whether to go on."""
+
+    def __init__(self, steps: GenerationSteps, each_step: Callable[[Step], bool | None] | None):
+        self.steps, self.each_step = steps, each_step
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Bool[Tensor, " batch"]:
+        step = self.steps.take(input_ids)
+        stop = self.each_step is not None and bool(self.each_step(step))
+        if step.number == 0 and self.steps.passing:
+            with self.steps.away():
+                pass  # what is passing is listened to from now on
+        return torch.full(input_ids.shape[:1], stop, dtype=torch.bool, device=input_ids.device)
 
 
-def _after_end(new: Int[Tensor, "batch new"], ends: int | list[int] | None) -> Tensor:
-    """Which tokens come after a token that ends the text."""
-    ending = torch.isin(new, torch.tensor([] if ends is None else ends, dtype=new.dtype)).long()
-    return ending.cumsum(1) - ending > 0
+def _check(model: HookedPreTrainedModel, options: dict[str, Any], *, recording: bool) -> None:
+    for name, advice in REFUSED.items():
+        value = _option(model, options, name)
+        if value not in (None, False, 0) and (value != 1 or not name.startswith("num_")):
+            raise ValueError(f"{name} was asked for, and steps cannot be recorded with it.\n{advice}")
+    if recording and _option(model, options, "use_cache") is False:
+        raise ValueError(
+            "use_cache=False was asked for, and hook points to record: every step would read the whole text again.\n"
+            "Leave one out, or record the text once: lab.record(model, run.prompt.input_ids, at=...)."
+        )
+    for name in ("cache", "past_key_values"):
+        if options.get(name) is not None and options[name].get_seq_length() > 0:
+            raise ValueError(f"{name} holds tokens already, whose tensors are gone.\nGive an empty cache, or none.")
 
 
-def _joined(steps: list[Tensor], words: list[str], name: str) -> Tensor:
-    if "query" in words and words[0] == "batch":
-        total, seen, fill = sum(step.shape[2] for step in steps), 0, -torch.inf if name.endswith(".scores") else 0.0
-        aligned = []
-        for step in steps:
-            seen += step.shape[2]
-            first = max(seen - step.shape[3], 0)
-            step = step[..., :seen]
-            aligned.append(torch.nn.functional.pad(step, (first, total - first - step.shape[3]), value=fill))
-        return torch.cat(aligned, dim=2)
-    return torch.cat(steps, dim=words.index("seq")) if "seq" in words else steps[0]
+def _option(model: HookedPreTrainedModel, options: dict[str, Any], name: str) -> Any:
+    """An option as transformers will take it: given itself, in a config that was given, or in the model's."""
+    if name in options:
+        return options[name]
+    given = getattr(options.get("generation_config"), name, None)
+    return getattr(model.generation_config, name, None) if given is None else given
+
+
+def _ending(model: HookedPreTrainedModel, options: dict[str, Any]) -> Ending:
+    ends = _option(model, options, "eos_token_id")
+    tokens = torch.as_tensor([] if ends is None else ends, dtype=torch.long).flatten().tolist()
+    other = _option(model, options, "stop_strings") is not None or bool(options.get("stopping_criteria"))
+    return Ending(tuple(tokens), _option(model, options, "pad_token_id") if other else None)
+
+
+def _defaults(options: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
+    greedy = {} if "generation_config" in options else {"do_sample": False}
+    return {**greedy, "max_new_tokens": max_new_tokens, **options}
