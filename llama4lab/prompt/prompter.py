@@ -7,6 +7,7 @@ import torch
 from transformers import Llama4Config, Llama4TextConfig, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BaseImageProcessor
 
+from llama4lab.model.config_parts import vision_part
 from llama4lab.prompt.content import Content
 from llama4lab.prompt.control_tokens import ControlTokens
 from llama4lab.prompt.draft import Draft, chat_drafts, text_drafts
@@ -171,7 +172,7 @@ class Prompter:
         )
 
     def _layouts(self, modality: list[list[str]], image_set: ImageSet, of_row: list[int]) -> list[ImageLayout]:
-        if self.image_tokens is None:
+        if self.image_tokens is None or not isinstance(self.config, Llama4Config):
             return []
         layouts, first_tile = [], 0
         free = [[position for position, kind in enumerate(row) if kind == "image"] for row in modality]
@@ -179,9 +180,10 @@ class Prompter:
         for row, places in enumerate(free):
             expected = sum(count for count, own in zip(counts, of_row, strict=True) if own == row)
             check_image_tokens(row, len(places), expected)
+        grid, group = self.image_tokens.grid, round(1 / vision_part(self.config).pixel_shuffle_ratio)
         for picture, tiling, row, count in zip(image_set.pictures, image_set.tilings, of_row, counts, strict=True):
             own, free[row] = free[row][:count], free[row][count:]
-            layouts.append(ImageLayout.of(tiling, self.image_tokens.grid, row, first_tile, own, picture.original))
+            layouts.append(ImageLayout.of(tiling, grid, row, first_tile, own, picture.original, group))
             first_tile += tiling.num_tiles
         return layouts
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -103,15 +103,30 @@ class Tiling:
         return self.rows * self.cols + self.has_global_tile
 
     def places(self, grid: int) -> Int[Tensor, "token 3"]:
-        """Gives tile, row and column (inside the tile) of every image token, in the order of the prompt.
+        """Gives tile, row and column (inside the tile) of every token, in the order of the prompt.
 
         Args:
             grid: tokens along one side of a tile.
         """
         return torch.cartesian_prod(torch.arange(self.num_tiles), torch.arange(grid), torch.arange(grid))
 
+    def canvas_boxes(self, grid: int) -> Float[Tensor, "token 4"]:
+        """Gives left, top, right and bottom of every token on the canvas, in pixels of the canvas.
+
+        NaN in a global tile beside others, which is not cut from the canvas. One tile alone is the whole canvas.
+
+        Args:
+            grid: tokens along one side of a tile.
+        """
+        tile, row, col = self.places(grid).to(torch.float64).unbind(dim=1)
+        top = torch.div(tile, self.cols, rounding_mode="floor") * grid + row
+        left = tile % self.cols * grid + col
+        # Whole numbers times one step: neighbours have the same edge to the bit.
+        boxes = torch.stack([left, top, left + 1, top + 1], dim=1) * (self.tile / grid)
+        return torch.where(self._is_global(grid)[:, None], torch.nan, boxes).float()
+
     def boxes(self, grid: int) -> Float[Tensor, "token 4"]:
-        """Gives left, top, right and bottom of the part of the image that every image token shows.
+        """Gives left, top, right and bottom of the part of the image that every token shows.
 
         Coordinates are pixels of the image before it was resized. A token that shows nothing but the black filling has
         a box without area on the border of the image.
@@ -119,19 +134,16 @@ class Tiling:
         Args:
             grid: tokens along one side of a tile.
         """
-        tile, row, col = self.places(grid).to(torch.float64).unbind(dim=1)
-        is_global = (tile == self.rows * self.cols) & self.has_global_tile
+        _, row, col = self.places(grid).to(torch.float64).unbind(dim=1)
+        squeezed = torch.stack([col, row, col + 1, row + 1], dim=1) * (self.tile / grid)
+        is_global = self._is_global(grid)[:, None]
         # The global tile is the image squeezed to a square; the others are windows of the canvas.
-        tile_row = torch.where(is_global, 0, torch.div(tile, self.cols, rounding_mode="floor"))
-        tile_col = torch.where(is_global, 0, tile % self.cols)
-        squeezed_h = torch.where(is_global, self.tile, self.resized[0])
-        squeezed_w = torch.where(is_global, self.tile, self.resized[1])
-        step = self.tile / grid
-        top, left = tile_row * self.tile + row * step, tile_col * self.tile + col * step
-        edges = [
-            (left, squeezed_w, self.size[1]),
-            (top, squeezed_h, self.size[0]),
-            (left + step, squeezed_w, self.size[1]),
-            (top + step, squeezed_h, self.size[0]),
-        ]
-        return torch.stack([(edge / squeezed * full).clamp(max=full) for edge, squeezed, full in edges], dim=1).float()
+        seen = torch.where(is_global, squeezed, self.canvas_boxes(grid).double())
+        height, width = self.resized
+        on_canvas = torch.where(is_global, self.tile, torch.tensor([width, height, width, height]))
+        full = torch.tensor([self.size[1], self.size[0], self.size[1], self.size[0]])
+        return (seen / on_canvas * full).minimum(full).float()
+
+    def _is_global(self, grid: int) -> Bool[Tensor, " token"]:
+        """True for the tokens of a global tile beside others."""
+        return self.places(grid)[:, 0] == self.rows * self.cols

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llama4lab.prompt.image_layout import ImageLayout
 from llama4lab.prompt.prompt import Prompt, Span
+from llama4lab.prompt.tiling import Tiling
 from llama4lab.run.tensor_file import read_tensors, write_tensors
 
 RUN = "llama4lab.run/1"
@@ -51,17 +52,15 @@ def _taken_apart(prompt: Prompt) -> tuple[dict[str, Tensor], dict[str, Any]]:
     images = []
     for number, layout in enumerate(prompt.images):
         tensors[f"prompt.images.{number}.positions"] = layout.positions
-        tensors[f"prompt.images.{number}.places"] = layout.places
-        tensors[f"prompt.images.{number}.boxes"] = layout.boxes
         if layout.original is not None:
             tensors[f"prompt.images.{number}.original"] = torch.from_numpy(np.array(layout.original.convert("RGB")))
         images.append(
             {
                 "row": layout.row,
-                "size": layout.size,
-                "aspect_ratio": layout.aspect_ratio,
+                "tiling": asdict(layout.tiling),
                 "tiles": [layout.tiles.start, layout.tiles.stop],
                 "grid": layout.grid,
+                "patch_grid": layout.patch_grid,
             }
         )
     spans = [[asdict(span) for span in row] for row in prompt.spans]
@@ -75,13 +74,11 @@ def _put_together(tensors: dict[str, Tensor], known: dict[str, Any]) -> Prompt:
         images.append(
             ImageLayout(
                 row=image["row"],
-                size=tuple(image["size"]),
-                aspect_ratio=tuple(image["aspect_ratio"]),
+                tiling=Tiling(**{name: _tuple(value) for name, value in image["tiling"].items()}),
                 tiles=slice(*image["tiles"]),
-                grid=tuple(image["grid"]),
+                grid=_tuple(image["grid"]),
+                patch_grid=_tuple(image["patch_grid"]),
                 positions=tensors[f"prompt.images.{number}.positions"],
-                places=tensors[f"prompt.images.{number}.places"],
-                boxes=tensors[f"prompt.images.{number}.boxes"],
                 original=None if original is None else Image.fromarray(original.numpy()),
             )
         )
@@ -94,3 +91,8 @@ def _put_together(tensors: dict[str, Tensor], known: dict[str, Any]) -> Prompt:
         images=images,
         spans=[[Span(**span) for span in row] for row in known["spans"]],
     )
+
+
+def _tuple(value: Any) -> Any:
+    """JSON has lists for tuples."""
+    return tuple(value) if isinstance(value, list) else value

@@ -1,17 +1,26 @@
 """The image tokens of a prompt: where each lies in the picture, and what the model made of it."""
 
-import numpy as np
+# pandas declares what it gives as wide unions.
+# pyright: reportReturnType=false
+
 import pandas as pd
 import torch
 
-from llama4lab.prompt.image_layout import ImageLayout
+from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.run.run import Run
+from llama4lab.tables.token_index import at_tokens
+from llama4lab.tables.vision.lenses import FIRST, lens, recorded_layers
+from llama4lab.tables.vision.recorded_places import image_features, recorded_places
 
 INDICES = "feed_forward.router.indices"
 
 
-def tokens(run: Run) -> pd.DataFrame:
+def tokens(run: Run, model: HookedPreTrainedModel | None = None) -> pd.DataFrame:
     """Gives one line for each image token of a run.
+
+    Args:
+        run: A run of a prompt with images.
+        model: The model, if the lens is to be read; the run then has `layers.*.resid_post`.
 
     Columns:
         row: row of the prompt.
@@ -23,56 +32,27 @@ def tokens(run: Run) -> pd.DataFrame:
         position: position of the token in the prompt.
         left, top, right, bottom: the box of the picture that the token shows, in pixels of the original; a box without
             area shows only the filling beside the picture.
-        norm: length of the token's image feature, as it enters the text model; only if `image_features` was recorded.
+        norm: length of the token's image feature, as it enters the text model; only if `image_features` or
+            `embed_merged` was recorded.
         expert_{layer}: expert of slot 0 in that layer; only where `router.indices` was recorded.
+        lens_{layer}: the word that the logit lens finds most probable after that layer; only with a model, and where
+            `resid_post` was recorded.
 
     Raises:
         ValueError: if no image of the prompt is in the run.
+        KeyError: if a model is given, but no layer was recorded that a lens could read.
     """
+    places = recorded_places(run)
+    table = places.drop(columns=["batch_index", "seq_index"])
+    features = image_features(run, places)
+    if features is not None:
+        table["norm"] = torch.linalg.vector_norm(features.float(), dim=-1).numpy()
     experts = run.layers(INDICES) if any(name.endswith(INDICES) for name in run) else {}
-    parts = []
-    for number, layout in enumerate(run.prompt.images):
-        if layout.row not in run.rows:
-            continue
-        table = _places(layout)
-        table.insert(1, "image", number)
-        if "image_features" in run:
-            table["norm"] = _norms(run, layout)
-        table = table[table["position"].isin(run.positions)]
-        # Images count in the prompt, tensors in the run, which may be cut.
-        at = [run.positions.index(position) for position in table["position"]]
-        for layer, chosen in experts.items():
-            table[f"expert_{layer}"] = chosen[run.rows.index(layout.row), at, 0].cpu().numpy()
-        parts.append(table)
-    if not parts:
-        raise ValueError(
-            f"Image tokens were asked for, but rows {', '.join(map(str, run.rows))} of the prompt have no image.\n"
-            "Put images into the prompt, or do not cut the rows that have them."
-        )
-    return pd.concat(parts, ignore_index=True)
-
-
-def _places(layout: ImageLayout) -> pd.DataFrame:
-    tile, tile_row, tile_column = layout.places.cpu().numpy().T
-    left, top, right, bottom = layout.boxes.cpu().numpy().T
-    return pd.DataFrame(
-        {
-            "row": layout.row,
-            "tile": tile,
-            "is_global": tile == layout.global_tile,
-            "tile_row": tile_row,
-            "tile_column": tile_column,
-            "position": layout.positions.cpu().numpy(),
-            "left": left,
-            "top": top,
-            "right": right,
-            "bottom": bottom,
-        }
-    )
-
-
-def _norms(run: Run, layout: ImageLayout) -> np.ndarray:
-    """The length of the feature of each image token of an image."""
-    features = run["image_features"][layout.tiles].detach().float()
-    tile, row, column = layout.places.to(features.device).unbind(dim=1)
-    return torch.linalg.vector_norm(features[tile, row * layout.grid[1] + column], dim=-1).cpu().numpy()
+    for layer, chosen in experts.items():
+        table[f"expert_{layer}"] = at_tokens(chosen, places)[:, 0].numpy()
+    if model is not None:
+        layers = [layer for layer in recorded_layers(run) if layer != FIRST]
+        words = lens(run, model, layers=layers, k=1)
+        for layer, own in words.groupby("layer", sort=True):
+            table[f"lens_{layer}"] = own["token"].to_numpy()
+    return table

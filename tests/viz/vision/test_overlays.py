@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from llama4lab.viz.expert_colors import expert_color
-from llama4lab.viz.vision.overlay import tokens
+from llama4lab.viz.vision.overlays import overlay, tokens
 
 PICTURE = Image.new("RGB", (20, 10), (0, 0, 255))
 
@@ -90,3 +90,21 @@ def test_an_unknown_column_and_several_images_are_refused(image_tokens):
         tokens(table, PICTURE, value="expert_4")
     with pytest.raises(ValueError, match="One image"):
         tokens(pd.concat([table, table.assign(image=1)]), PICTURE, value="expert_3")
+
+
+def test_several_lines_for_a_place_are_refused_with_their_reason(image_tokens):
+    table = pd.concat([image_tokens(layer=layer, weight=0.1) for layer in (1, 3)])
+    with pytest.raises(ValueError, match=r"several values of layer.\nChoose one: table\[table\[\"layer\"\]"):
+        overlay(table, PICTURE, "weight")
+    with pytest.raises(ValueError, match="left"):
+        overlay(table.drop(columns="left"), PICTURE, "weight")
+
+
+def test_places_without_a_number_stay_uncovered(image_tokens):
+    table = image_tokens(weight=np.where(np.arange(12) == 3, np.nan, 0.5))
+    assert len(cells(overlay(table, PICTURE, "weight"))) == 7
+
+
+def test_the_kind_of_colours_can_be_chosen(image_tokens):
+    ax = overlay(image_tokens(found=np.arange(12) % 2), PICTURE, "found", kind="classes", alpha=1)
+    assert ax.collections[0].get_facecolors()[1, :3] == pytest.approx(expert_color(1))
