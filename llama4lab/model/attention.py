@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, Llama4TextConfig
 
-from llama4lab.model import attention_kernels, flex_kernel
+from llama4lab.model import attention_kernels, barred_keys, flex_kernel
+from llama4lab.model.cache import check_room
 from llama4lab.model.hook_point import HookPoint
 from llama4lab.model.layer_kinds import is_chunked, uses_rope
 from llama4lab.model.norm import rms_normalised
@@ -88,6 +89,8 @@ class SelfAttention(nn.Module):
         q, k = self.q_rot(q), self.k_rot(k)
         q, k, v = (rearrange(t, "batch seq head d_head -> batch head seq d_head") for t in (q, k, v))
         if cache is not None:
+            if self.layer == 0 and isinstance(layout, TokenLayout) and not torch.compiler.is_compiling():
+                check_room(cache, layout.key_positions.shape[1])
             k, v = cache.update(k, v, self.layer)
             attention_kernels.check_kept(layout, self.chunk_size, k.shape[2])
         if isinstance(layout, PackedLayout):
@@ -117,13 +120,16 @@ class SelfAttention(nn.Module):
         """Softmax-weighted sums of values: by the fused kernel, or step by step where someone looks at a step."""
         dropout = self.config.attention_dropout if self.training else 0.0
         kernel = self.config._attn_implementation
-        if self.barred:
-            mask = attention_kernels.without_keys(layout, self.barred, k.shape[2], mask)
-        if kernel == "eager" or self.scores.watched or self.pattern.watched:
+        stepwise = kernel == "eager" or self.scores.watched or self.pattern.watched
+        if self.barred and (stepwise or mask is not None or torch.compiler.is_compiling()):
+            mask = barred_keys.narrowed_mask(layout, self.barred, k.shape[2], mask)
+        if stepwise:
             bias = attention_kernels.additive_mask(layout, self.chunk_size, k.shape[2], mask)
             z = self._attend_eagerly(q, k, v, bias, dropout)
         elif mask is not None:
             z = attention_kernels.masked(q, k, v, layout, self.chunk_size, mask, dropout)
+        elif self.barred:
+            z = barred_keys.attended(q, k, v, layout, self.chunk_size, barred=self.barred, dropout=dropout)
         elif kernel == "flex_attention":
             z = flex_kernel.flex(q, k, v, layout, self.chunk_size)
         elif self.dense_mask:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llama4lab.model.packed_layout import PackedLayout
-from llama4lab.model.token_layout import PADDING, TokenLayout
+from llama4lab.model.token_layout import TokenLayout
 
 Queries = Float[Tensor, "batch head seq d_head"]
 Keys = Float[Tensor, "batch kv_head key d_head"]
@@ -93,39 +93,8 @@ def check_kept(layout: TokenLayout | PackedLayout, chunk: int | None, key: int) 
     if key < past + layout.positions.shape[1]:
         raise ValueError(
             f"The cache keeps {key - layout.positions.shape[1]} earlier tokens of a layer that sees {past}: it was "
-            "made under another chunk size.\nRun the whole rows again, with a new cache."
+            "made for fewer tokens or smaller chunks.\nRun the whole rows again, with a new cache."
         )
-
-
-def without_keys(layout: TokenLayout, barred: frozenset[int | str], key: int, mask: Tensor | None) -> Tensor:
-    """A mask that hides some of the `key` keys that the cache gave from all queries but their own.
-
-    Args:
-        layout: Where the tokens stand.
-        barred: Places in the rows, padding counted, and "first_token" for the first one of each document.
-        key: Number of keys.
-        mask: A caller's own 4-D mask, which is narrowed.
-    """
-    total, seq = layout.key_positions.shape[1], layout.positions.shape[1]
-    first = max(total - key, 0)
-    storage = torch.arange(first, first + key, device=layout.positions.device)
-    places = [place for place in barred if isinstance(place, int)]
-    hidden = torch.isin(storage, storage.new_tensor(places)).unsqueeze(0)
-    if "first_token" in barred:
-        hidden = hidden | F.pad(_begins_document(layout)[:, first:], (0, max(key - total, 0)))
-    itself = storage == torch.arange(layout.past, layout.past + seq, device=storage.device)[:, None]
-    allowed = (~hidden[:, None, :] | itself).unsqueeze(1)
-    if mask is None:
-        return allowed
-    mask = mask[..., -key:] if mask.shape[-1] == total else mask
-    return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -torch.inf)
-
-
-def _begins_document(layout: TokenLayout) -> Bool[Tensor, "#batch total"]:
-    """Which of all tokens so far have nothing of their document before them."""
-    documents = layout.documents
-    before = F.pad(documents.cummax(1).values[:, :-1], (1, 0), value=PADDING)
-    return (documents != PADDING) & (documents > before)
 
 
 def additive_mask(

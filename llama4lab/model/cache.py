@@ -5,8 +5,8 @@ from typing import Any, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, Llama4TextConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, Llama4TextConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from llama4lab.model.layer_kinds import is_chunked
 from llama4lab.model.token_layout import TokenLayout
@@ -114,3 +114,21 @@ def new_cache(
     cache.layers = cast(Any, layers)
     cache.layer_class_to_replicate = None
     return cache
+
+
+def check_room(cache: Cache, total: int) -> None:
+    """Refuses a static cache that has fewer places than there are tokens.
+
+    Args:
+        cache: Any cache. Layers that keep one chunk have room for any number of tokens.
+        total: How many tokens are in it after this pass.
+
+    Raises:
+        ValueError: if it is too short.
+    """
+    rooms = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer) and not layer.is_sliding]
+    if rooms and total > min(rooms):
+        raise ValueError(
+            f"The static cache has room for {min(rooms)} tokens; with this pass there are {total}.\n"
+            f"Make a longer one: StaticCache(config=model.config, max_cache_len={total})."
+        )

@@ -27,8 +27,13 @@ def flex(
     """Flex attention under the layer's mask.
 
     Raises:
-        RuntimeError: where torch cannot compile for this device.
+        RuntimeError: where torch cannot compile for this device, or gradients are asked for on a CPU.
     """
+    if q.device.type == "cpu" and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        raise RuntimeError(
+            "attn='flex' gives no gradients on a CPU, and this pass records them.\n"
+            "Run it inside torch.no_grad(), or use attn='sdpa'."
+        )
     key = k.shape[2]
     visible = visible_keys(layout, chunk, key)
     mask = create_block_mask(
@@ -43,6 +48,6 @@ def flex(
         return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     except Exception as problem:
         raise RuntimeError(
-            f"attn='flex' needs torch.compile on {q.device}, which failed: {type(problem).__name__}.\n"
+            f"attn='flex' needs torch.compile on {q.device}, which failed with {type(problem).__name__}.\n"
             "Use attn='sdpa', which needs no compiler, or install one (on a CPU: a C++ compiler)."
         ) from problem

@@ -4,6 +4,6 @@ A widget's choices are traits, so what the mouse can do, code can do too. Each h
 and shows that picture in a saved notebook that no kernel runs.
 """
 
-from llama4lab.widgets import bars, grid, logits, patching, routing, tokens
+from llama4lab.widgets import attention, bars, generation, grid, logits, patching, routing, tokens, vision
 
-__all__ = ["bars", "grid", "logits", "patching", "routing", "tokens"]
+__all__ = ["attention", "bars", "generation", "grid", "logits", "patching", "routing", "tokens", "vision"]

@@ -22,6 +22,7 @@ class Grid(Colored):
 
     Attributes:
         selected: Row and column of the selected cell, or nothing. Set it to select from code.
+        frames: Frames around cells: first row, first column, rows, columns, and whether the line is dotted.
     """
 
     _esm = script("grid")
@@ -33,6 +34,7 @@ class Grid(Colored):
     titles = traitlets.List(traitlets.Unicode()).tag(sync=True)
     upward = traitlets.Bool(False).tag(sync=True)
     selected = traitlets.List(traitlets.Int()).tag(sync=True)
+    frames = traitlets.List().tag(sync=True)
 
     def __init__(
         self,

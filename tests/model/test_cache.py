@@ -169,3 +169,28 @@ def test_a_model_without_chunks_keeps_everything(new_text_model, random_ids):
 def test_a_pass_without_cache_returns_none(model, random_ids):
     assert model(random_ids(1, 5), use_cache=False).cache is None
     assert model(random_ids(1, 5)).cache is not None  # as the config says
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("room", [5, 8, 12, 19])
+def test_a_static_cache_that_is_too_short_is_refused_in_words(room, model, random_ids):
+    """At once, or at the first token that has no place; a chunk may be longer than the cache."""
+    ids = random_ids(1, 20)
+    message = rf"room for {room} tokens; with this pass there are {{}}(?s:.*)max_cache_len={{}}"
+    with pytest.raises(ValueError, match=message.format(20, 20)):
+        model(ids, cache=StaticCache(config=model.config, max_cache_len=room))
+    with pytest.raises(ValueError, match=message.format(room + 1, room + 1)):
+        decode(model, ids, StaticCache(config=model.config, max_cache_len=room), 3)
+    fitting = StaticCache(config=model.config, max_cache_len=room)
+    expected = model(ids[:, :room]).logits
+    torch.testing.assert_close(decode(model, ids[:, :room], fitting, 3), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_static_cache_of_smaller_chunks_is_refused_in_words(new_text_model, random_ids):
+    model, ids = new_text_model(), random_ids(1, 20)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    for layer in model.text.layers:
+        layer.self_attn.chunk_size = layer.self_attn.chunk_size and 16
+    with pytest.raises(ValueError, match="made for fewer tokens or smaller chunks"):
+        decode(model, ids, cache, 3)

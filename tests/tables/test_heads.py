@@ -1,10 +1,14 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from llama4lab.model.loading import load
 from llama4lab.prompt.prompt import Prompt
 from llama4lab.prompt.repeats import repeated_tokens
+from llama4lab.run.attention.reductions import Wanted
+from llama4lab.run.attention.streaming import attention_stream, recorded_stream
 from llama4lab.run.generation import generate
 from llama4lab.run.recording import record
 from llama4lab.run.run import Run
@@ -13,6 +17,7 @@ from llama4lab.tiny import evaluation
 from llama4lab.tiny.domains import induction
 
 NAME = "layers.{}.self_attn.pattern"
+QUERIES_AND_KEYS = ["layers.*.self_attn.q_rot", "layers.*.self_attn.k_rot"]
 
 
 @pytest.fixture
@@ -153,8 +158,62 @@ def test_the_score_of_tiny_is_that_of_the_stripe_in_its_pattern():
 
 def test_a_run_without_patterns_is_refused():
     tiny = load()
-    with pytest.raises(KeyError, match=r"Record it with at=\\?\"layers.\*.self_attn.pattern"):
-        heads.scores(record(tiny, "one two"))
+    for at in ([], [QUERIES_AND_KEYS[0]]):
+        with pytest.raises(KeyError, match=r"Record it with at=\\?\"layers.\*.self_attn.pattern"):
+            heads.scores(record(tiny, "one two", at=at))
+
+
+def check_all_ways(model, prompt) -> pd.DataFrame:
+    """Patterns, recorded queries and keys, and a stream give the same scores."""
+    expected = heads.scores(record(model, prompt, at="layers.*.self_attn.pattern"))
+    recorded = heads.scores(record(model, prompt, at=QUERIES_AND_KEYS))
+    whole = attention_stream(model, prompt, wanted=Wanted(blocks=(7, 5)))
+    for found in (recorded, heads.scores(whole), heads.streamed_scores(model, prompt)):
+        pd.testing.assert_frame_equal(found, expected, atol=1e-5, rtol=0)
+    return expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_chunk_size": 5, "num_attention_heads": 6, "num_key_value_heads": 2, "num_experts_per_tok": 2},
+        {"attention_chunk_size": None},
+        {"no_rope_layers": [0] * 5, "layer_types": ["full_attention"] * 5},
+    ],
+)
+def test_scores_from_queries_and_keys_are_those_from_patterns(new_text_model, changes):
+    model = new_text_model(**changes)
+    ids = torch.randint(1, 6, (2, 33), generator=torch.Generator().manual_seed(1))
+    table = check_all_ways(model, model.prompt([ids[0].tolist(), ids[1, :19].tolist()]))
+    assert not table["induction"].isna().to_numpy().any()
+
+
+def test_scores_of_tiny_from_queries_and_keys_are_those_from_patterns():
+    tiny = load()
+    table = check_all_ways(tiny, repeated_tokens(tiny, 3, length=25))
+    assert table["induction"].to_numpy().max() > 0.5
+
+
+def test_scores_of_a_prompt_with_a_picture_are_the_same_from_queries_and_keys():
+    tiny = load()
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 110, 3), dtype=np.uint8))
+    prompt = tiny.prompt("<|image|> a red square and a red square", images=[picture])
+    table = check_all_ways(tiny, prompt)
+    assert 0 < table["duplicate_token_queries"].to_numpy().max() < prompt.modality[0].count("image")
+
+
+def test_scores_of_a_part_of_a_run_are_the_same_from_queries_and_keys():
+    tiny = load()
+    run = record(tiny, repeated_tokens(tiny, 3, length=8), at=[*QUERIES_AND_KEYS, "layers.*.self_attn.pattern"])
+    cut = run.cut(rows=[2, 0], positions=slice(0, 14))
+    found = heads.scores(recorded_stream(cut))
+    pd.testing.assert_frame_equal(found, heads.scores(cut), atol=1e-5, rtol=0)
+
+
+def test_a_stream_that_was_not_asked_for_scores_is_refused():
+    with pytest.raises(ValueError, match=r"not asked for. Stream with Wanted\(scores=True\)"):
+        heads.scores(attention_stream(load(), "one two", wanted=Wanted(scores=False)))
 
 
 def test_generated_text_is_scored_like_one_pass():

@@ -61,7 +61,7 @@ def edited(
             bar: "earlier": no attention to earlier chunks, of the size that chunked layers have; by default in the
                 layers without chunks. Or positions of keys, padding counted as in a prompt, or "first_token", the first
                 one of each document, that no token but themselves attends to; by default in the layers without chunks
-                too. This takes a mask over all pairs of positions in these layers.
+                too.
             rope: Whether queries and keys are turned by their positions; nothing else about the layer changes. By
                 default in all layers that do not yet. Or what is to be different in the `rope_parameters` of the
                 config, for example `{"factor": 32.0}`, by default in the layers with RoPE.

@@ -16,8 +16,9 @@ from llama4lab.model.facts import facts
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.run.recording import as_prompt
 
-# Distance -> the prompt, in which the needle stands that many tokens before the last one; and what comes next.
-Make = Callable[[int], tuple[Any, str | int]]
+# Distance -> the prompt, in which the needle stands that many tokens before the last one; what comes next; and, if one
+# is given, a prompt of the same length that does not tell what comes next.
+Make = Callable[[int], tuple[Any, str | int] | tuple[Any, str | int, Any]]
 
 ROWS = 16  # of one pass
 OWNERS = 4
@@ -35,11 +36,13 @@ class Needle:
         ids: The tokens of the text; the answer follows.
         answer: The token that is right.
         distance: How many tokens before the last one the needle stands.
+        control: The tokens of a text of the same length that does not tell the answer; None if there is none.
     """
 
     ids: list[int]
     answer: int
     distance: int
+    control: list[int] | None = None
 
     @property
     def place(self) -> int:
@@ -49,6 +52,8 @@ class Needle:
 
 def owners(model: HookedPreTrainedModel, seed: int = 0) -> Make:
     """Makes needles of the kind "Mary has the key." among other owners, with sentences about places up to the question.
+
+    The control is the same text, but that the key is of somebody nobody asks for: who finds it now, guesses.
 
     Args:
         model: The model, for its tokenizer; every word has to be one token.
@@ -62,16 +67,17 @@ def owners(model: HookedPreTrainedModel, seed: int = 0) -> Make:
     names, things, places = (_single_tokens(model, words) for words in (NAMES, THINGS, PLACES))
     fixed = _single_tokens(model, (*QUESTION, "The", "is", "open"))
     end = model.tokenizer.encode(END, add_special_tokens=False)
-    if min(len(names), len(things)) < OWNERS or not places or len(fixed) < 5 or len(end) != 1:
+    if len(names) <= OWNERS or len(things) < OWNERS or not places or len(fixed) < 5 or len(end) != 1:
         raise ValueError("Needles are made of words that are one token each, which few are here.\nPass make=...")
     has, the, begin, *rest = fixed.values()
     rng, bos = random.Random(seed), model.tokenizer.bos_token_id
     start = [bos] if isinstance(bos, int) else []
 
-    def make(distance: int) -> tuple[list[int], int]:
+    def make(distance: int) -> tuple[list[int], int, list[int]]:
         if distance < OWNERS:
             raise ValueError(f"A needle {distance} tokens before the end was asked for; the question takes {OWNERS}.")
-        owner, thing = rng.sample(list(names.values()), OWNERS), rng.sample(list(things.values()), OWNERS)
+        *owner, stranger = rng.sample(list(names.values()), OWNERS + 1)
+        thing = rng.sample(list(things.values()), OWNERS)
         stated = [[name, has, the, own, *end] for name, own in zip(owner, thing, strict=True)]
         # Behind the needle: its full stop, other owners, sentences, and the question of three tokens.
         later = rng.randint(0, min(OWNERS - 1, (distance - 4) // 5))
@@ -79,7 +85,10 @@ def owners(model: HookedPreTrainedModel, seed: int = 0) -> Make:
         sentences = [[begin, rng.choice(list(places.values())), *rest, *end] for _ in range(filler // 5 + 1)]
         between = [token for sentence in sentences for token in sentence]
         between = between[len(between) - filler :]
-        return [*start, *(token for fact in stated for token in fact), *between, owner[asked], has, the], thing[asked]
+        text = [*start, *(token for fact in stated for token in fact), *between, owner[asked], has, the]
+        control = list(text)
+        control[len(start) + 5 * asked] = stranger
+        return text, thing[asked], control
 
     return make
 
@@ -88,19 +97,28 @@ def made(model: HookedPreTrainedModel, make: Make, distance: int, count: int) ->
     """Calls `make` and checks what it gives.
 
     Raises:
-        ValueError: if a prompt is not one row of text, is shorter than the distance, or the answer is no token.
+        ValueError: if a prompt is not one row of text, is shorter than the distance, or the answer is no token; or a
+            control has another length.
     """
     needles = []
     for _ in range(count):
-        content, answer = make(distance)
-        prompt = as_prompt(model, [content] if isinstance(content, list) and isinstance(content[0], int) else content)
-        if len(prompt) != 1 or prompt.pixel_values is not None:
-            raise ValueError(f"make({distance}) gave {len(prompt)} rows or an image; give one row of text.")
-        ids = prompt.input_ids[0][prompt.attention_mask[0].bool()].tolist()
-        if not 0 <= distance < len(ids):
-            raise ValueError(f"make({distance}) gave {len(ids)} tokens, so nothing stands {distance} before the last.")
-        needles.append(Needle(ids, _answer(model, answer), distance))
+        content, answer, *others = make(distance)
+        ids, *control = (_row(model, one, distance) for one in (content, *others))
+        if control and len(control[0]) != len(ids):
+            raise ValueError(f"make({distance}) gave {len(ids)} tokens, and a control of {len(control[0])}.")
+        needles.append(Needle(ids, _answer(model, answer), distance, control[0] if control else None))
     return needles
+
+
+def _row(model: HookedPreTrainedModel, content: Any, distance: int) -> list[int]:
+    """The tokens of a prompt, checked."""
+    prompt = as_prompt(model, [content] if isinstance(content, list) and isinstance(content[0], int) else content)
+    if len(prompt) != 1 or prompt.pixel_values is not None:
+        raise ValueError(f"make({distance}) gave {len(prompt)} rows or an image; give one row of text.")
+    ids = prompt.input_ids[0][prompt.attention_mask[0].bool()].tolist()
+    if not 0 <= distance < len(ids):
+        raise ValueError(f"make({distance}) gave {len(ids)} tokens, so nothing stands {distance} before the last.")
+    return ids
 
 
 def _answer(model: HookedPreTrainedModel, answer: str | int) -> int:

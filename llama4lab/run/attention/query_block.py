@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 SAFE = 30.0  # exponents up to here are left as they are: float32 sums of e^30 are as exact as those of 1
+FEW = 32  # fewer than one pair in so many is summed pair by pair
 
 
 class QueryBlock:
@@ -19,12 +20,22 @@ class QueryBlock:
         shift: What is taken off the scores before exponentials are built.
         sums: Of the exponentials, times the keys (first d_head columns), and by chunk of the keys (the others).
         bins: Of the exponentials, by distance.
+        same: Of the exponentials, over the earlier keys that hold what a query looks for: the same token, and what
+            followed it.
+        has_same: Which queries have such keys.
         best: The largest scores, if they are asked for.
         best_keys: Their keys, as numbers in the segment.
     """
 
     def __init__(
-        self, q: Float[Tensor, "query head d_head"], first: int, *, kv_heads: int, edges: list[int], top: int = 0
+        self,
+        q: Float[Tensor, "query head d_head"],
+        first: int,
+        *,
+        kv_heads: int,
+        edges: list[int],
+        top: int = 0,
+        looked_for: Int[Tensor, " query"] | None = None,
     ):
         """Starts a block.
 
@@ -34,6 +45,7 @@ class QueryBlock:
             kv_heads: Number of key heads.
             edges: Where bins of distances begin, and where the last one ends.
             top: How many of the largest scores to keep.
+            looked_for: The number of the token that each query looks for in `held` keys.
         """
         wide = torch.promote_types(q.dtype, torch.float32)
         self.q = rearrange(q.to(wide) * q.shape[-1] ** -0.5, "query (kv group) d -> kv (group query) d", kv=kv_heads)
@@ -42,10 +54,18 @@ class QueryBlock:
         self.bins = self.q.new_zeros(*self.q.shape[:2], len(edges) - 1)
         self.best = self.q.new_empty(*self.q.shape[:2], 0)
         self.best_keys = torch.empty_like(self.best, dtype=torch.long)
+        self.looked_for = looked_for
+        self.same = self.q.new_zeros(2, *self.q.shape[:2])
+        self.has_same = torch.zeros(2, self.count, dtype=torch.bool, device=q.device)
         self.shift = self.sums = self.q[:, :, :0]
 
     def see(
-        self, k: Float[Tensor, "key kv_head d_head"], first: int, columns: Int[Tensor, " key"], num_columns: int
+        self,
+        k: Float[Tensor, "key kv_head d_head"],
+        first: int,
+        columns: Int[Tensor, " key"],
+        num_columns: int,
+        held: Int[Tensor, "2 key"] | None = None,
     ) -> None:
         """Takes in a block of keys; the first one has to hold the first key of the segment, which all queries see.
 
@@ -54,6 +74,7 @@ class QueryBlock:
             first: Number of the first key in the segment.
             columns: The chunk of each key, counted from that of the first key of the segment.
             num_columns: Number of chunks up to that of the last query.
+            held: The numbers of the tokens of the keys, and of the tokens before them; needs `looked_for`.
         """
         k = rearrange(k.to(self.q.dtype), "key kv d -> kv key d")
         width, start = k.shape[-1], int(columns[0])
@@ -68,6 +89,8 @@ class QueryBlock:
         self.sums[..., :width] += added[..., :width]
         self.sums[..., width + start : width + start + chunk.shape[-1]] += added[..., width:]
         self._add_to_bins(weights, added[..., width:].sum(-1), first)
+        if held is not None:
+            self._add_to_same(weights, held, first)
 
     def chunk_mass(self) -> Float[Tensor, "head query chunk"]:
         """Attention by chunk of the keys, from the chunk of the first key of the segment on."""
@@ -80,15 +103,22 @@ class QueryBlock:
 
     def entropy(self) -> Float[Tensor, "head query"]:
         """Entropy of the attention, in nats."""
-        mean_key = self.sums[..., : self.q.shape[-1]] / self._total()
-        mean_score = (self.q * mean_key).sum(-1, keepdim=True)
-        return self._by_head(self._log_normaliser() - mean_score).squeeze(-1).clamp(min=0)
+        # Both terms may be far larger than what is left of them, so the difference is taken in float64.
+        wide = torch.float32 if self.q.device.type == "mps" else torch.float64
+        total = self._total().to(wide)
+        mean_key = self.sums[..., : self.q.shape[-1]].to(wide) / total
+        below = self.shift.to(wide) - (self.q.to(wide) * mean_key).sum(-1, keepdim=True)
+        return self._by_head((below + total.log()).to(self.q.dtype)).squeeze(-1).clamp(min=0)
 
     def weight(self, k: Float[Tensor, "query kv_head d_head"]) -> Float[Tensor, "head query"]:
         """Attention of each query to one key."""
         k = rearrange(k.to(self.q.dtype), "query kv d -> kv query d").repeat(1, self.q.shape[1] // self.count, 1)
         score = (self.q * k).sum(-1, keepdim=True)
         return self._by_head((score - self._log_normaliser()).exp()).squeeze(-1).clamp(max=1)
+
+    def same_mass(self) -> Float[Tensor, "2 head query"]:
+        """Attention to earlier keys of the same token, and to those that followed it."""
+        return torch.stack([self._by_head(same[..., None] / self._total()).squeeze(-1) for same in self.same])
 
     def top_weights(self) -> tuple[Float[Tensor, "head query rank"], Int[Tensor, "head query rank"]]:
         """The largest weights, falling, and their keys, as numbers in the segment; 0 and -1 where there are fewer."""
@@ -118,6 +148,7 @@ class QueryBlock:
             self.shift = self.shift + rise
             self.sums *= (-rise).exp()
             self.bins *= (-rise).exp()
+            self.same *= (-rise).exp().squeeze(-1)
             scores.sub_(rise)
         return scores
 
@@ -147,6 +178,21 @@ class QueryBlock:
         place = (self.order[:, None] - edges + 1 - first).clamp(0, weights.shape[-1])
         nearer = before.gather(-1, place.expand(weights.shape[0], -1, -1))
         self.bins[..., reached] += (nearer[..., :-1] - nearer[..., 1:]).clamp(min=0)
+
+    def _add_to_same(self, weights: Float[Tensor, "kv_head row key"], held: Int[Tensor, "2 key"], first: int) -> None:
+        assert self.looked_for is not None
+        weights = weights.unflatten(1, (-1, self.count))
+        order = torch.arange(max(weights.shape[-1], self.count), device=weights.device)
+        earlier = order[: weights.shape[-1]] + first < order[: self.count, None] + self.first
+        for which, numbers in enumerate(held):
+            wanted = (self.looked_for[:, None] == numbers) & earlier
+            same = self.same[which].unflatten(1, (-1, self.count))
+            query, key = wanted.nonzero(as_tuple=True)
+            if len(query) * FEW > wanted.numel():
+                same += torch.einsum("hgqk,qk->hgq", weights, wanted.to(weights.dtype))
+            else:
+                same.index_add_(2, query, weights[:, :, query, key])
+            self.has_same[which] |= wanted.any(-1)
 
     def _by_head(self, tensor: Shaped[Tensor, "kv_head row column"]) -> Shaped[Tensor, "head query column"]:
         return tensor.unflatten(1, (-1, self.count)).flatten(0, 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llama4lab.model.token_layout import PADDING, TokenLayout
 from llama4lab.run.attention.query_block import QueryBlock
+from llama4lab.run.attention.targets import KINDS, looked_for, numbers_before
 
 BLOCKS = (256, 512)
 
@@ -37,6 +38,9 @@ class Reductions:
         distance_mass: Attention by distance, as means over all queries.
         top_weights: The largest weights of each query, falling; 0 where fewer keys can be seen.
         top_keys: Their keys, as places of the row; -1 where there are fewer.
+        on_targets: For each of `KINDS`, attention to its keys: the one right before, those of the same token, those
+            that followed the same token. None if it was not asked for.
+        has_target: For each of `KINDS`, which queries can see such a key.
     """
 
     valid: Bool[Tensor, "batch seq"]
@@ -52,6 +56,8 @@ class Reductions:
     distance_mass: Float[Tensor, "head bin"]
     top_weights: Float[Tensor, "batch head seq rank"]
     top_keys: Int[Tensor, "batch head seq rank"]
+    on_targets: Float[Tensor, "kind batch head seq"] | None = None
+    has_target: Bool[Tensor, "kind batch seq"] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,14 @@ class Wanted:
         map_chunk: Chunk size of the sums by chunk; None for one chunk.
         chunk_mass: Whether to sum from chunk to chunk, which takes heads x chunks x chunks numbers.
         top: How many of the largest weights of each query to keep.
+        scores: Whether to sum over the keys that the kinds of heads look at; needs the tokens.
         blocks: How many queries and keys are looked at together. The result does not depend on it.
     """
 
     map_chunk: int | None = None
     chunk_mass: bool = True
     top: int = 0
+    scores: bool = True
     blocks: tuple[int, int] = BLOCKS
 
 
@@ -78,6 +86,8 @@ def reduced(
     layout: TokenLayout,
     chunk: int | None,
     wanted: Wanted | None = None,
+    *,
+    tokens: Int[Tensor, "batch seq"] | None = None,
 ) -> Reductions:
     """Sums the attention of a layer without building its pattern.
 
@@ -87,6 +97,7 @@ def reduced(
         layout: Where the tokens stand, of a pass without cached tokens.
         chunk: Chunk size of the layer, or None if it sees everything before.
         wanted: What to sum.
+        tokens: The numbers of the tokens, as `token_numbers` gives them; without them, nothing is known of targets.
 
     Raises:
         ValueError: if queries, keys and layout are not of the same tokens.
@@ -96,9 +107,9 @@ def reduced(
             f"Queries of {q.shape[1]} tokens, keys of {k.shape[1]} and a layout of {layout.positions.shape[1]} after "
             f"{layout.past} cached ones were given.\nAll three have to be of the same whole pass."
         )
-    summing = _Summing(q, k, layout, wanted or Wanted())
-    for row, tokens, begins in _segments(layout, chunk, q.shape[0]):
-        summing.add(row, tokens.to(q.device), begins)
+    summing = _Summing(q, k, layout, wanted or Wanted(), tokens)
+    for row, places, begins in _segments(layout, chunk, q.shape[0]):
+        summing.add(row, places.to(q.device), begins)
     return summing.result()
 
 
@@ -126,7 +137,7 @@ def _segments(layout: TokenLayout, chunk: int | None, batch: int) -> list[tuple[
 class _Summing:
     """The results of a layer while they grow."""
 
-    def __init__(self, q: Tensor, k: Tensor, layout: TokenLayout, wanted: Wanted):
+    def __init__(self, q: Tensor, k: Tensor, layout: TokenLayout, wanted: Wanted, numbers: Tensor | None):
         self.q, self.k, self.wanted = q, k, wanted
         batch, seq, heads, _ = q.shape
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -146,20 +157,38 @@ class _Summing:
         self.bins = q.new_zeros(heads, len(self.edges) - 1, dtype=double)
         size = len(self.chunks) if wanted.chunk_mass else 0
         self.mass = q.new_zeros(heads, size, size, dtype=double)
+        self.held = self.on_targets = self.has_target = None
+        if wanted.scores and numbers is not None:
+            numbers = numbers.to(q.device)
+            self.held = torch.stack([numbers, numbers_before(numbers, layout.documents.to(q.device))])
+            self.on_targets = q.new_zeros(len(KINDS), batch, heads, seq, dtype=wide)
+            self.has_target = torch.zeros(len(KINDS), batch, seq, dtype=torch.bool, device=q.device)
 
     def add(self, row: int, tokens: Int[Tensor, " token"], begins: bool) -> None:
         """Adds the queries of one segment."""
         q, k, label = self.q[row], self.k[row], self.label[row, tokens]
+        held = None if self.held is None else self.held[:, row, tokens]
+        sought = None if held is None else looked_for(held[0])
         query_size, key_size = self.wanted.blocks
         for first in range(0, len(tokens), query_size):
             own = tokens[first : first + query_size]
-            block = QueryBlock(q[own], first, kv_heads=k.shape[1], edges=self.edges, top=self.wanted.top)
             stop = first + len(own)
+            block = QueryBlock(
+                q[own],
+                first,
+                kv_heads=k.shape[1],
+                edges=self.edges,
+                top=self.wanted.top,
+                looked_for=None if sought is None else sought[first:stop],
+            )
             columns = label[:stop] - label[0]
             for start in range(0, stop, key_size):
                 keys = slice(start, min(start + key_size, stop))
-                block.see(k[tokens[keys]], start, columns[keys], int(columns[-1]) + 1)
+                numbers = None if held is None else held[:, keys]
+                block.see(k[tokens[keys]], start, columns[keys], int(columns[-1]) + 1, numbers)
             self._take(row, tokens, block, label, k[tokens[0]] if begins else None)
+            if self.on_targets is not None:
+                self._take_targets(row, tokens, block)
 
     def _take(self, row: int, tokens: Tensor, block: QueryBlock, label: Tensor, first_key: Tensor | None) -> None:
         own, queries = tokens[block.first : block.first + block.count], slice(block.first, block.first + block.count)
@@ -183,6 +212,15 @@ class _Summing:
             self.top_weights[row][:, own, :count] = weights
             self.top_keys[row][:, own, :count] = torch.where(keys < 0, -1, tokens[keys.clamp(min=0)])
 
+    def _take_targets(self, row: int, tokens: Tensor, block: QueryBlock) -> None:
+        assert self.on_targets is not None
+        assert self.has_target is not None
+        number = torch.arange(block.first, block.first + block.count, device=tokens.device)
+        has_before = number > 0
+        before = block.weight(self.k[row, tokens[(number - 1).clamp(min=0)]]) * has_before
+        self.on_targets[:, row][..., tokens[number]] = torch.cat([before[None], block.same_mass()])
+        self.has_target[:, row][..., tokens[number]] = torch.cat([has_before[None], block.has_same])
+
     def result(self) -> Reductions:
         mean = self.mass / self.chunk_queries[:, None] if self.wanted.chunk_mass else None
         wide = self.top_weights.dtype
@@ -196,4 +234,6 @@ class _Summing:
             distance_mass=(self.bins / self.valid.sum()).to(wide),
             top_weights=self.top_weights,
             top_keys=self.top_keys,
+            on_targets=self.on_targets,
+            has_target=self.has_target,
         )

@@ -12,6 +12,7 @@ from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.model.token_layout import TokenLayout, token_layout
 from llama4lab.prompt.prompt import Prompt
 from llama4lab.run.attention.reductions import Reductions, Wanted, reduced
+from llama4lab.run.attention.targets import token_numbers
 from llama4lab.run.listening import listening, silent
 from llama4lab.run.recording import as_prompt
 from llama4lab.run.run import Run
@@ -58,7 +59,8 @@ def attention_stream(
     chosen = _checked(range(meta["num_layers"]) if layers is None else layers, meta["num_layers"])
     _check_bars(meta, chosen)
     wanted = _for_model(wanted, meta)
-    layout = _layout(prompt, list(range(len(prompt))), prompt.input_ids.shape[1])
+    rows, length = list(range(len(prompt))), prompt.input_ids.shape[1]
+    layout, tokens = _layout(prompt, rows, length), token_numbers(prompt, rows, length)
     queries: dict[int, Tensor] = {}
     found: dict[int, Reductions] = {}
 
@@ -71,7 +73,7 @@ def attention_stream(
     def reducer(layer: int) -> Callable[[Tensor], None]:
         def reduce(tensor: Tensor) -> None:
             chunk = model.text.layers[layer].self_attn.chunk_size  # as it is now, should somebody have changed it
-            found[layer] = reduced(queries.pop(layer), tensor, layout, chunk, wanted)
+            found[layer] = reduced(queries.pop(layer), tensor, layout, chunk, wanted, tokens=tokens)
 
         return reduce
 
@@ -81,7 +83,7 @@ def attention_stream(
     with torch.no_grad(), listening(model, listeners) as fired:
         model(**prompt.to(model.device).inputs(), use_cache=False, logits_to_keep=1)
     silent(list(listeners), fired, images=prompt.pixel_values is not None)
-    return AttentionStream({layer: found[layer] for layer in chosen}, prompt, meta, list(range(len(prompt))))
+    return AttentionStream({layer: found[layer] for layer in chosen}, prompt, meta, rows)
 
 
 def recorded_stream(run: Run, layers: Iterable[int] | None = None, *, wanted: Wanted | None = None) -> AttentionStream:
@@ -107,11 +109,12 @@ def recorded_stream(run: Run, layers: Iterable[int] | None = None, *, wanted: Wa
     chosen = _checked(recorded if layers is None else layers, run.meta["num_layers"])
     _check_bars(run.meta, chosen)
     layout = _layout(run.prompt, run.rows, len(run.positions))
+    tokens = token_numbers(run.prompt, run.rows, len(run.positions))
     wanted = _for_model(wanted, run.meta)
     found = {}
     for layer in chosen:
         q, k = run[f"layers.{layer}.{Q_ROT}"].detach(), run[f"layers.{layer}.{K_ROT}"].detach()
-        found[layer] = reduced(q, k, layout, chunk_sizes(run.meta)[layer], wanted)
+        found[layer] = reduced(q, k, layout, chunk_sizes(run.meta)[layer], wanted, tokens=tokens)
     return AttentionStream(found, run.prompt, run.meta, run.rows)
 
 

@@ -8,8 +8,11 @@ import pandas as pd
 
 from llama4lab.model.facts import rotary_kind
 from llama4lab.model.pretrained import HookedPreTrainedModel
+from llama4lab.run.attention.reductions import Wanted
 from llama4lab.run.attention.streaming import AttentionStream, attention_stream, recorded_stream
 from llama4lab.run.run import Run
+
+ONLY_MAP = Wanted(scores=False)
 
 
 def chunk_map(run: Run | AttentionStream) -> pd.DataFrame:
@@ -33,7 +36,7 @@ def chunk_map(run: Run | AttentionStream) -> pd.DataFrame:
         KeyError: if queries and keys were not recorded.
         ValueError: if the stream has no sums from chunk to chunk, or the run lost the keys of early positions.
     """
-    stream = run if isinstance(run, AttentionStream) else recorded_stream(run)
+    stream = run if isinstance(run, AttentionStream) else recorded_stream(run, wanted=ONLY_MAP)
     parts = []
     for layer, found in stream.layers.items():
         if found.chunk_mass is None:
@@ -60,4 +63,4 @@ def streamed_chunk_map(model: HookedPreTrainedModel, prompt: Any, layers: Iterab
         prompt: A `Prompt`, or anything that `model.prompt` takes.
         layers: The layers; all by default.
     """
-    return chunk_map(attention_stream(model, prompt, layers))
+    return chunk_map(attention_stream(model, prompt, layers, wanted=ONLY_MAP))

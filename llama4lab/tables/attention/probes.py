@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pandas as pd
 
 from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.run.attention.editing import edited
-from llama4lab.run.attention.needles import Make, chunk_of, found, made, owners
+from llama4lab.run.attention.needles import Make, Needle, chunk_of, found, made, owners
 
 NONE = "none"
 
@@ -24,8 +25,12 @@ def needle(
     """Asks for one fact among others, so many tokens after it was stated, and counts the right answers.
 
     The same texts are asked at every border and under every ablation; to put the needle at a border, the text begins at
-    a later position than 0. Recall within a chunk can use all layers, beyond it only those that see everything. The
-    needle is the last token of its fact: a border right before it also cuts the fact in two.
+    a later position than 0. Recall within a chunk can use all layers, beyond it only those that see everything.
+
+    The needle is the last token of its fact, so a border up to three tokens before it cuts "Mary has the key" in two. A
+    model that cannot join the pieces may still guess, by leaving out the things whose owners it knows. Then an ablation
+    can even help, because it hides wrong things. `guessed` tells: it is the accuracy on the same texts where the fact
+    is about somebody else. Only what is above it was recalled.
 
     Args:
         model: The model.
@@ -35,8 +40,8 @@ def needle(
         ablate: Layers that see no earlier chunk, in the sense of `bar="earlier"`, one after the other; several at once
             as a tuple. By default each of the layers that do see earlier chunks, and all of these at once.
         make: A function of the distance that gives a prompt (as `model.prompt` takes it) and its answer, text or token
-            id, whose first token counts. By default "Mary has the key." among other owners, drawn with seed 0; see
-            `owners`.
+            id, whose first token counts; and, if you like, a control: a prompt of the same length that does not tell
+            the answer. By default "Mary has the key." among other owners, drawn with seed 0; see `owners`.
         n: How many texts for each distance.
 
     Columns:
@@ -46,6 +51,7 @@ def needle(
         ablated: "none", or the layers that saw no earlier chunk, for example "3, 7".
         accuracy: share of texts whose answer is the most probable next token.
         log_prob: log probability of the answer, the mean over the texts.
+        guessed: the accuracy on the controls; missing if `make` gives none.
         n: number of texts.
 
     Raises:
@@ -68,12 +74,21 @@ def needle(
                     stack.enter_context(edited(model, layers=group, bar="earlier"))
                 for border in borders:
                     correct, log_prob = found(model, needles, border)
+                    guessed = _guessed(model, needles, border)
                     crossed = pd.NA if border is None or size is None else (border % size + distance) // size
                     label = ", ".join(map(str, group)) or NONE
-                    shares = correct.float().mean().item(), log_prob.mean().item()
+                    shares = correct.float().mean().item(), log_prob.mean().item(), guessed
                     lines.append((distance, border, crossed, label, *shares, n))
-    columns = ["distance", "border", "crossed", "ablated", "accuracy", "log_prob", "n"]
+    columns = ["distance", "border", "crossed", "ablated", "accuracy", "log_prob", "guessed", "n"]
     return pd.DataFrame(lines, columns=columns).astype(dict.fromkeys(["border", "crossed"], "Int64"))
+
+
+def _guessed(model: HookedPreTrainedModel, needles: list[Needle], border: int | None) -> float:
+    """The accuracy on the controls."""
+    controls = [replace(needle, ids=needle.control) for needle in needles if needle.control is not None]
+    if len(controls) < len(needles):
+        return float("nan")
+    return found(model, controls, border)[0].float().mean().item()
 
 
 def _groups(

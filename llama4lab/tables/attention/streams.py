@@ -118,7 +118,9 @@ def top_keys(run: Run, layer: int, head: int, k: int = 5) -> pd.DataFrame:
 
 
 def _stream(run: Run | AttentionStream) -> AttentionStream:
-    return run if isinstance(run, AttentionStream) else recorded_stream(run, wanted=Wanted(chunk_mass=False))
+    return (
+        run if isinstance(run, AttentionStream) else recorded_stream(run, wanted=Wanted(chunk_mass=False, scores=False))
+    )
 
 
 def _of_head(run: Run, layer: int, head: int, k: int) -> Reductions:
@@ -132,7 +134,7 @@ def _of_head(run: Run, layer: int, head: int, k: int) -> Reductions:
     kv_head = head // (q.shape[2] // keys.shape[2])
     own = {names[0]: q[:, :, head : head + 1], names[1]: keys[:, :, kv_head : kv_head + 1]}
     alone = Run(own, {}, run.logits, run.prompt, run.meta, run.rows, run.positions, run.logit_positions)
-    return recorded_stream(alone, wanted=Wanted(chunk_mass=False, top=k)).layers[layer]
+    return recorded_stream(alone, wanted=Wanted(chunk_mass=False, scores=False, top=k)).layers[layer]
 
 
 def _by_head(stream: AttentionStream, layer: int, columns: dict[str, np.ndarray]) -> pd.DataFrame:

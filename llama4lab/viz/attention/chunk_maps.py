@@ -30,7 +30,7 @@ def chunk_map(table: pd.DataFrame, *, layer: int, head: int | None = None, ax: A
     kind = KINDS[str(style.only_one(own, "kind"))]
     mass = own.pivot_table(index="query_chunk", columns="key_chunk", values="mass", aggfunc="mean")
     side = 0.42 * len(mass)
-    ax = style.axes(ax, min(2.4 + side, 8), min(1.6 + side, 7))
+    ax = style.axes(ax, min(2.4 + side, 8.0), min(1.6 + side, 7.0))
     values = mass.to_numpy(dtype=float)
     picture = ax.imshow(
         values, aspect="auto", interpolation="nearest", cmap=style.SEQUENTIAL, norm=PowerNorm(0.5, 0, 1)

@@ -28,7 +28,7 @@ def mass_at_distance(table: pd.DataFrame, *, layer: int | None = None, ax: Axes 
     by = "layer" if layer is None else "head"
     lines = own.pivot_table(index=by, columns=["nearest", "farthest"], values="mass", aggfunc="mean")
     kinds = dict(zip(own[by], own["kind"], strict=True))
-    ax = style.axes(ax, min(2.8 + 0.5 * lines.shape[1], 9), 3.2)
+    ax = style.axes(ax, min(2.8 + 0.5 * lines.shape[1], 9.0), 3.2)
     handles = []
     for name, color in zip(lines.index, _colors([str(kinds[name]) for name in lines.index]), strict=True):
         values = lines.loc[name].to_numpy(dtype=float)

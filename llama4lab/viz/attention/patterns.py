@@ -30,7 +30,7 @@ def pattern(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     weights = table.pivot(index="query", columns="key", values="weight")
     queries, keys = (table.drop_duplicates(of).sort_values(of).reset_index(drop=True) for of in ("query", "key"))
     side = 0.19 * len(keys)
-    ax = style.axes(ax, min(2.4 + side, 9), min(1.6 + side * len(queries) / len(keys), 8))
+    ax = style.axes(ax, min(2.4 + side, 9.0), min(1.6 + side * len(queries) / len(keys), 8.0))
     picture = ax.imshow(weights, aspect="auto", interpolation="nearest", cmap=style.SEQUENTIAL, vmin=0, vmax=1)
     chunks = np.intersect1d(queries["query_chunk"], keys["key_chunk"])
     several = len(np.unique(keys["key_chunk"])) > 1

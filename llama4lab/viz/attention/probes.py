@@ -14,7 +14,11 @@ from llama4lab.viz.legend import legend_beside
 INKS = (style.INK, style.BLUE, style.ORANGE, "#5b8c3a", "#8a5fb0", "#b9893c", "#3fa7a0", style.GREY)
 DASHES = ("-", "--", ":", "-.")
 MARKS = "osD^v"
-VALUES = {"accuracy": "share of right answers", "log_prob": "log probability of the answer"}
+VALUES = {
+    "accuracy": "share of right answers",
+    "guessed": "share of right answers without the fact",
+    "log_prob": "log probability of the answer",
+}
 
 
 def needle(table: pd.DataFrame, *, value: str = "accuracy", ax: Axes | None = None) -> Axes:
@@ -22,7 +26,7 @@ def needle(table: pd.DataFrame, *, value: str = "accuracy", ax: Axes | None = No
 
     Args:
         table: As `tables.attention.needle` gives it.
-        value: "accuracy" or "log_prob".
+        value: "accuracy", "guessed" or "log_prob".
         ax: Where to draw; a new figure by default.
 
     Raises:
@@ -47,7 +51,7 @@ def needle(table: pd.DataFrame, *, value: str = "accuracy", ax: Axes | None = No
             ax.plot(own["distance"], own[value], markersize=4, linewidth=1.5, clip_on=False, **look)
     ax.set(xlabel="tokens between fact and answer", ylabel=VALUES[value])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if value == "accuracy":
+    if value != "log_prob":
         ax.set(ylim=(0, 1), yticks=np.linspace(0, 1, 5))
     style.plain(ax)
     _legend(ax, ablated, borders)

@@ -16,7 +16,7 @@ function render({ model, el }) {
   const tip = makeTip(root);
   const paint = canvas.getContext("2d");
   const image = document.createElement("canvas"); // one pixel a cell
-  let [data, at, hovered, seenWidth] = [null, null, null, 0];
+  let [data, at, hovered] = [null, null, null];
   said.ariaLive = "polite";
   Object.assign(canvas, { tabIndex: 0, role: "application" });
   canvas.dataset.lmSuppressShortcuts = "true"; // arrow keys move the selection here, not the notebook's
@@ -79,6 +79,7 @@ function render({ model, el }) {
     paint.rect(left - 1, top - 1, seen[0] + 2, seen[1] + 2);
     paint.clip();
     drawCells();
+    drawFrames(paint, model.get("frames"), (row, column) => box(data.upward ? row - 1 : row, column));
     if (hovered) outline(hovered, 1);
     if (model.get("selected").length) outline(model.get("selected"), 2);
     paint.restore();
@@ -219,21 +220,10 @@ function render({ model, el }) {
   canvas.addEventListener("click", (event) => cellAt(event) && select(cellAt(event)));
   canvas.addEventListener("keydown", press);
   scroll.addEventListener("scroll", () => (point(null), draw()));
-  const resized = new ResizeObserver(() => {
-    if (root.clientWidth !== seenWidth) requestAnimationFrame(() => (draw(), revealed()));
-    seenWidth = root.clientWidth;
-  });
-  resized.observe(root);
-  const untheme = onTheme(root, paintAll);
-  model.on("change:version", read);
-  model.on("change:selected", revealed);
+  const changes = { version: read, selected: revealed, frames: draw };
+  const end = follow(model, root, changes, { resized: () => (draw(), revealed()), themed: paintAll });
   read();
-  return () => {
-    resized.disconnect();
-    untheme();
-    model.off("change:version", read);
-    model.off("change:selected", revealed);
-  };
+  return end;
 }
 
 export default { render };

@@ -1,6 +1,7 @@
 // What the pictures share: elements, colours, legend, tooltip. It is put before each of the other scripts.
 
 const MOST_NAMED = 16; // classes in a legend
+const FRAME = "#c4366f"; // borders of chunks, as in viz/style.py
 const PAPER = { false: [255, 255, 255], true: [24, 24, 24] }; // what a weak colour fades into, by whether the theme is dark
 
 const bytes = (view) => (view ? new Uint8Array(view.buffer, view.byteOffset, view.byteLength) : new Uint8Array());
@@ -79,6 +80,18 @@ function drawNames(node, data) {
   for (const strength of [1, 0.5, 0]) swatch(faded([90, 90, 90].map((x) => (data.dark ? 255 - x : x)), strength, data.dark), strength);
 }
 
+// Frames around parts of a map, as [row, column, rows, columns, whether dotted]; `at` gives the place of a cell.
+function drawFrames(paint, frames, at) {
+  paint.save();
+  Object.assign(paint, { strokeStyle: FRAME, lineWidth: 1.5, globalAlpha: 1 });
+  for (const [row, column, rows, columns, dotted] of frames ?? []) {
+    const [[x0, y0], [x1, y1]] = [at(row, column), at(row + rows, column + columns)];
+    paint.setLineDash(dotted ? [2, 3] : []);
+    paint.strokeRect(x0, y0, x1 - x0, y1 - y0);
+  }
+  paint.restore();
+}
+
 // A tooltip in the top layer, where no output area cuts it off.
 function makeTip(root) {
   const tip = make("div", "l4-tip", root);
@@ -110,5 +123,24 @@ function onTheme(root, draw) {
     placed.disconnect();
     themed.disconnect();
     scheme.removeEventListener("change", draw);
+  };
+}
+
+// Follows a picture's model and page: `changes` says what to call for each trait, `resized` what for another width,
+// `themed` what for another theme. Gives what ends it.
+function follow(model, root, changes, { resized, themed }) {
+  let width = 0;
+  const observer = new ResizeObserver(() => {
+    if (root.clientWidth !== width) requestAnimationFrame(resized);
+    width = root.clientWidth;
+  });
+  observer.observe(root);
+  const untheme = onTheme(root, themed);
+  const events = Object.entries(changes).map(([trait, act]) => [`change:${trait}`, act]);
+  for (const [event, act] of events) model.on(event, act);
+  return () => {
+    observer.disconnect();
+    untheme();
+    for (const [event, act] of events) model.off(event, act);
   };
 }

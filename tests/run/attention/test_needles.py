@@ -22,6 +22,17 @@ def test_the_fact_stands_so_far_before_the_end_and_is_asked_for(tiny, distance):
         assert tiny.prompt("".join(words[1:])).input_ids[0].tolist() == needle.ids  # as the tokenizer has it
 
 
+@pytest.mark.parametrize("distance", [4, 23, 101])
+def test_the_control_differs_in_the_owner_of_the_needle_alone(tiny, distance):
+    for needle in made(tiny, owners(tiny, seed=3), distance, 8):
+        assert needle.control is not None
+        changed = [
+            place for place, pair in enumerate(zip(needle.ids, needle.control, strict=True)) if len(set(pair)) > 1
+        ]
+        assert changed == [needle.place - 3]
+        assert needle.control[changed[0]] not in needle.ids
+
+
 def test_the_same_seed_gives_the_same_needles(tiny):
     first, second, other = (made(tiny, owners(tiny, seed=seed), 30, 4) for seed in (1, 1, 2))
     assert first == second
@@ -62,6 +73,7 @@ WRONG = [
     (lambda _: ([[1, 2], [3, 4]], 4), 1, "one row of text"),
     (lambda _: ([1, 2, 3], 4000), 1, "no token"),
     (lambda _: ("a b c d", ""), 1, "no token"),
+    (lambda _: ([1, 2, 3], 4, [1, 2]), 1, "gave 3 tokens, and a control of 2"),
 ]
 
 

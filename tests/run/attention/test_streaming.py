@@ -66,6 +66,29 @@ def dense(q, k, layout, chunk, map_chunk):
     }
 
 
+def dense_targets(expected, layout, chunk, tokens):
+    """Attention to the keys of each kind, and who has some, pair by pair from the definition."""
+    pattern, valid = expected["pattern"], expected["valid"]
+    batch, seq = valid.shape
+    targets = torch.zeros(3, batch, seq, seq, dtype=torch.bool)
+    seen = layout.visible(chunk, 0, seq).expand(batch, seq, seq)
+    documents = layout.documents.expand(batch, seq)
+    for row in range(batch):
+        places = valid[row].nonzero().flatten().tolist()
+        for number, query in enumerate(places):
+            for before, key in enumerate(places[:number]):
+                if not seen[row, query, key]:
+                    continue
+                token = tokens[row, query]
+                targets[0, row, query, key] = before == number - 1
+                targets[1, row, query, key] = token >= 0 and token == tokens[row, key]
+                last = places[before - 1] if before else None
+                if last is not None and documents[row, last] == documents[row, key]:
+                    targets[2, row, query, key] = token >= 0 and token == tokens[row, last]
+    attention = torch.stack([(pattern * kind[:, None]).sum(-1) for kind in targets])
+    return attention, targets.any(-1)
+
+
 def check(found, expected, top):
     assert found.valid.equal(expected["valid"])
     assert (found.chunks, found.edges) == (expected["chunks"], expected["edges"])
@@ -89,12 +112,13 @@ def settings(draw):
         "kv_heads": kv_heads,
         "heads": kv_heads * draw(st.sampled_from([1, 2, 5])),
         "width": draw(st.sampled_from([2, 4, 16])),
-        "size": draw(st.sampled_from([0.5, 1.0, 3.0])),
+        "size": draw(st.sampled_from([0.5, 1.0, 2.0])),
         "chunk": draw(st.none() | st.integers(1, 12)),
         "map_chunk": draw(st.none() | st.integers(3, 12)),
         "kind": draw(st.sampled_from(["plain", "left padding", "gaps", "packed", "late start", "jumps"])),
         "blocks": (draw(st.integers(3, 20)), draw(st.integers(3, 20))),
         "top": draw(st.integers(0, 5)),
+        "vocabulary": draw(st.sampled_from([1, 3, 20])),
     }
 
 
@@ -128,20 +152,30 @@ def test_sums_of_any_layout_are_those_of_the_dense_pattern(case):
     k = case["size"] * torch.randn(*shape, case["kv_heads"], case["width"], generator=generator)
     layout = layout_of(case)
     wanted = Wanted(case["map_chunk"], top=case["top"], blocks=case["blocks"])
-    found = reduced(q, k, layout, case["chunk"], wanted)
-    check(found, dense(q, k, layout, case["chunk"], case["map_chunk"]), case["top"])
+    tokens = torch.randint(-1, case["vocabulary"], shape, generator=generator)
+    found = reduced(q, k, layout, case["chunk"], wanted, tokens=tokens)
+    expected = dense(q, k, layout, case["chunk"], case["map_chunk"])
+    check(found, expected, case["top"])
+    attention, has_target = dense_targets(expected, layout, case["chunk"], tokens)
+    assert found.on_targets is not None
+    assert found.has_target is not None
+    torch.testing.assert_close(found.on_targets.double(), attention, **EXACT)
+    assert found.has_target.equal(has_target)
 
 
 @pytest.mark.parametrize("chunk", [None, 24])
 def test_sizes_of_blocks_do_not_matter(chunk):
     q, k = torch.randn(2, 50, 4, 8), torch.randn(2, 50, 2, 8)
     layout = token_layout((2, 50), q.device)
-    whole = reduced(q, k, layout, chunk, Wanted(24, top=3))
+    tokens = torch.randint(8, (2, 50))
+    whole = reduced(q, k, layout, chunk, Wanted(24, top=3), tokens=tokens)
+    assert whole.has_target is not None
     for blocks in [(1, 50), (50, 1), (7, 13), (16, 16)]:
-        parts = reduced(q, k, layout, chunk, Wanted(24, top=3, blocks=blocks))
-        for name in (*BY_QUERY, "chunk_mass", "distance_mass", "top_weights"):
+        parts = reduced(q, k, layout, chunk, Wanted(24, top=3, blocks=blocks), tokens=tokens)
+        for name in (*BY_QUERY, "chunk_mass", "distance_mass", "top_weights", "on_targets"):
             torch.testing.assert_close(getattr(parts, name), getattr(whole, name), **EXACT)
         assert parts.top_keys.equal(whole.top_keys)
+        assert whole.has_target.equal(parts.has_target)  # pyright: ignore[reportArgumentType]
 
 
 def test_masses_sum_to_one():
@@ -157,12 +191,17 @@ def test_scores_that_rise_from_block_to_block_are_taken_in_without_overflow():
     k = 40.0 * torch.arange(64.0)[None, :, None, None]
     q = torch.ones(1, 64, 1, 1)
     layout = token_layout((1, 64), q.device)
-    up = reduced(q, k, layout, None, Wanted(8, top=1, blocks=(8, 4)))
+    tokens = torch.arange(64) % 2  # the first is the token of all even places
+    up = reduced(q, k, layout, None, Wanted(8, top=1, blocks=(8, 4)), tokens=tokens[None])
     assert up.itself.equal(torch.ones(1, 1, 64))
     assert up.top_keys[0, 0, :, 0].tolist() == list(range(64))
     assert up.chunk_mass is not None
     torch.testing.assert_close(up.chunk_mass[0], torch.eye(8), **EXACT)
-    down = reduced(q, -k, layout, None, Wanted(8, blocks=(8, 4)))
+    assert up.on_targets is not None
+    torch.testing.assert_close(up.on_targets, torch.zeros(3, 1, 1, 64), **EXACT)
+    down = reduced(q, -k, layout, None, Wanted(8, blocks=(8, 4)), tokens=tokens[None])
+    assert down.on_targets is not None
+    assert down.on_targets[1, 0, 0].tolist() == pytest.approx([0, 0] + [1, 0] * 31)
     assert down.first_token.equal(torch.ones(1, 1, 64))
     torch.testing.assert_close(down.entropy, torch.zeros(1, 1, 64), **EXACT)
 

@@ -53,6 +53,20 @@ def test_lines_are_the_means_of_single_texts(tiny, table):
         assert own["log_prob"].item() == log_probs.mean()
 
 
+def test_without_the_fact_hardly_anything_is_found_where_no_border_cuts_it(table):
+    """Of four things one is right, and none of them has the owner that is asked for."""
+    whole = table[table["border"].isna() | (table["border"] == -1)]
+    assert (whole["guessed"] < 0.6).all()
+    assert whole.loc[whole["ablated"] == "none", "accuracy"].min() > 0.9
+
+
+def test_a_model_that_guesses_at_a_fact_cut_in_two_is_not_said_to_recall(table):
+    """The fact says nothing there: with it or without it, the answers are as often right, also where many are."""
+    cut = table[(table["distance"] == 5) & (table["border"] == 0) & table["ablated"].isin(["7", "3, 7"])]
+    assert (cut["accuracy"] > 0.7).all()
+    assert (cut["accuracy"] - cut["guessed"]).abs().max() < 0.1
+
+
 def test_borders_between_are_counted(table):
     assert table["ablated"].unique().tolist() == LABELS
     assert len(table) == 2 * 3 * len(LABELS)
@@ -70,6 +84,7 @@ def test_own_texts_and_own_ablations(tiny):
 
     found = needle(tiny, distances=20, borders=[None], ablate=[7], make=make, n=1)
     assert found["ablated"].tolist() == ["none", "7"]
+    assert found["guessed"].isna().to_numpy().all()
     only = needle(tiny, distances=20, borders=[None], ablate=(), make=make, n=1)
     assert only["log_prob"].item() == found["log_prob"].iloc[0]
 

@@ -13,16 +13,16 @@ from llama4lab.viz.attention.probes import DASHES, needle
 def table() -> pd.DataFrame:
     """Two distances, three borders, two ablations; every accuracy is another."""
     lines = [
-        (distance, border, 0, ablated, number / 20, -float(number), 8)
+        (distance, border, 0, ablated, number / 20, number / 40, -float(number), 8)
         for number, (ablated, border, distance) in enumerate(
             itertools.product(["none", "3, 7"], [-1, 0, pd.NA], [100, 10])
         )
     ]
-    columns = ["distance", "border", "crossed", "ablated", "accuracy", "log_prob", "n"]
+    columns = ["distance", "border", "crossed", "ablated", "accuracy", "guessed", "log_prob", "n"]
     return pd.DataFrame(lines, columns=columns).astype({"border": "Int64"})
 
 
-@pytest.mark.parametrize("value", ["accuracy", "log_prob"])
+@pytest.mark.parametrize("value", ["accuracy", "guessed", "log_prob"])
 def test_each_curve_is_one_ablation_at_one_border(table, value):
     ax: Any = needle(table, value=value)
     curves = ax.get_lines()
@@ -39,7 +39,7 @@ def test_each_curve_is_one_ablation_at_one_border(table, value):
 
 
 def test_what_cannot_be_drawn_is_refused(table):
-    with pytest.raises(ValueError, match="accuracy or log_prob"):
+    with pytest.raises(ValueError, match="accuracy or guessed or log_prob"):
         needle(table, value="n")
     with pytest.raises(ValueError, match="0 lines"):
         needle(table[:0])
