@@ -14,6 +14,7 @@ from llama4lab.prompt.repeats import repeated_tokens as repeated_tokens
 from llama4lab.run import ablation as ablation
 from llama4lab.run import metrics as metrics
 from llama4lab.run.attention.editing import edited as edited
+from llama4lab.run.attention.reductions import Wanted as Wanted
 from llama4lab.run.attention.streaming import AttentionStream as AttentionStream
 from llama4lab.run.attention.streaming import attention_stream as attention_stream
 from llama4lab.run.attribution import attribute as attribute
@@ -44,6 +45,8 @@ from llama4lab.run.sweep_result import Sweep as Sweep
 from llama4lab.run.sweeping import sweep as sweep
 from llama4lab.run.tracing import nnsight as nnsight
 from llama4lab.run.tuned_lens import TunedLens as TunedLens
+from llama4lab.run.vision.boxes import image_region as image_region
+from llama4lab.run.vision.regions import ImageRegion as ImageRegion
 
 # `Sweep` stands left of the plots, so its own plot is handed to it here.
 Sweep.plotter = staticmethod(viz.patching.effects)

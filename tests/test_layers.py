@@ -51,11 +51,10 @@ def test_a_folder_has_no_import_cycle(own: str):
         for path in FILES
         if folder(path) == own
     }
+    names = {module: imported(path) for module, path in modules.items()}
     graph = {
-        module: {
-            other for other in modules if any(name == other or name.startswith(f"{other}.") for name in imported(path))
-        }
-        for module, path in modules.items()
+        module: {other for other in modules if any(name == other or name.startswith(f"{other}.") for name in own)}
+        for module, own in names.items()
     }
     graph = {module: others - {module} for module, others in graph.items()}
     TopologicalSorter(graph).prepare()  # raises CycleError

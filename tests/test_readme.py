@@ -41,6 +41,17 @@ def test_the_attention_example_runs(capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
+def test_the_image_example_points_at_the_square(capsys):
+    exec(compile(block("python", 4), "README.md", "exec"), {})
+    plt.close("all")
+    assert "True" in capsys.readouterr().out
+
+
+def test_the_checkpoint_example_runs(capsys):
+    exec(compile(block("python", 5), "README.md", "exec"), {})
+    assert "ExpertStore(" in capsys.readouterr().out
+
+
 def test_ci_runs_the_very_commands_of_readme():
     script = (ROOT / ".ci" / "run").read_text()
     for number in (0, 1):

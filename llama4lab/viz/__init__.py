@@ -7,6 +7,7 @@ global setting.
 from llama4lab.viz import (
     attention,
     circuits,
+    generation,
     heads,
     logit_attribution,
     logit_lens,
@@ -20,6 +21,7 @@ from llama4lab.viz import (
 __all__ = [
     "attention",
     "circuits",
+    "generation",
     "heads",
     "logit_attribution",
     "logit_lens",

@@ -73,9 +73,9 @@ class Notebook:
 
     def run_all(self) -> None:
         """Runs every cell, once the kernel is there: without one, a dialog would open and nothing would run."""
-        self.page.wait_for_function(CONNECTED, timeout=SLOW)
+        self.page.wait_for_function(CONNECTED)
         self.page.evaluate(COMMAND, "notebook:run-all-cells")
-        self.page.wait_for_selector(f'.jp-OutputArea-output:has-text("{DONE}")', timeout=SLOW)
+        self.page.wait_for_selector(f'.jp-OutputArea-output:has-text("{DONE}")')
 
     def save(self) -> dict:
         """Saves the notebook and gives what is in the file."""
@@ -88,7 +88,7 @@ class Notebook:
         """What is shown at a place, scrolled into view: JupyterLab draws what is in view only."""
         found = self.page.locator(css).first
         # At once, not when the element has come to rest: a view that is drawn anew takes its elements away meanwhile.
-        found.evaluate("(element) => element.scrollIntoViewIfNeeded()", timeout=SLOW)
+        found.evaluate("(element) => element.scrollIntoViewIfNeeded()")
         return found
 
     def python(self, expression: str) -> str:
@@ -98,6 +98,16 @@ class Notebook:
     def wait_for_python(self, expression: str, expected: str) -> None:
         """Waits until an expression in the kernel has a repr."""
         _wait_until(lambda: self.python(expression) == expected, f"{expression} is {expected}")
+
+    def wait_for_text(self, css: str, text: str) -> None:
+        """Waits until a place has a text in it: Python knows of a click before the page shows what it did."""
+        shown = "([css, text]) => document.querySelector(css)?.innerText.includes(text)"
+        self.page.wait_for_function(shown, arg=[css, text])
+
+    def wait_for_count(self, css: str, count: int) -> None:
+        """Waits until there are so many elements."""
+        there = "([css, count]) => document.querySelectorAll(css).length === count"
+        self.page.wait_for_function(there, arg=[css, count])
 
     def select(self, css: str, label: str) -> None:
         """Chooses in a Dropdown."""
@@ -111,7 +121,7 @@ class Notebook:
     def wait_for_change(self, css: str, before: str) -> str:
         """Waits until the picture on a canvas is another one, and gives it."""
         changed = "([css, before]) => ![undefined, before].includes(document.querySelector(css)?.toDataURL())"
-        self.page.wait_for_function(changed, arg=[f"{css} canvas", before], timeout=SLOW)
+        self.page.wait_for_function(changed, arg=[f"{css} canvas", before])
         return self.drawn(css)
 
     def cell_place(self, css: str, row: int, column: int) -> dict[str, float]:
@@ -230,9 +240,10 @@ def notebook(jupyterlab, browser) -> Iterator[Callable[..., Notebook]]:
         path = work / f"{name}.ipynb"
         path.write_text(json.dumps(saved or _notebook([*cells, f"print('{DONE}')"])), "utf-8")
         page = browser.new_page(viewport={"width": 1200, "height": 1400}, **options)
+        page.set_default_timeout(SLOW)
         opened.append(Notebook(page, path))
-        page.goto(f"{address}/doc/tree/{path.name}?token={TOKEN}&reset", timeout=SLOW)
-        page.wait_for_selector(".jp-Notebook", timeout=SLOW)
+        page.goto(f"{address}/doc/tree/{path.name}?token={TOKEN}&reset")
+        page.wait_for_selector(".jp-Notebook")
         if saved is None:
             opened[-1].run_all()
         return opened[-1]

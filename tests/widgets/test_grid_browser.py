@@ -45,7 +45,7 @@ def test_a_large_grid_scrolls_and_keeps_its_labels(notebook):
 
 def test_classes_and_texts_are_named_in_legend_and_tooltip(notebook):
     lab = notebook([GRIDS, "small"], name="small")
-    assert "<b>one</b>" in lab.locator(".small .l4-legend").inner_text()
+    lab.wait_for_text(".small .l4-legend", "<b>one</b>")
     assert lab.tooltip(".small", 0, 0) == "layer 0\ntoken x\n<i>a</i>\nexpert: <b>one</b>\n<i>a</i>"
     assert "expert: no value" in lab.tooltip(".small", 0, 2)
     light = lab.drawn(".small")

@@ -29,7 +29,7 @@ def test_controls_and_clicks_reach_python_and_come_back(notebook):
     lab.page.wait_for_selector(".l4-cell td:has-text('·Jakarta')")
     lab.page.keyboard.press("ArrowDown")
     lab.wait_for_python("view.selection['hook_point']", "'layers.3.resid_post'")
-    assert "layers.3.resid_post, position 8, token ·is" in lab.locator(".l4-cell").inner_text()
+    lab.wait_for_text(".l4-cell", "layers.3.resid_post, position 8, token ·is")
 
     tip = lab.tooltip(GRID, 7, 5)
     assert "·Jakarta" in tip

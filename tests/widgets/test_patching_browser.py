@@ -42,7 +42,7 @@ def test_controls_and_clicks_reach_python_and_come_back(notebook):
     lab.wait_for_python("view.grid.selected", "[3, 10]")
     assert lab.python("(view.selection['layer'], view.selection['position'])") == "(3, 10)"
     lab.page.wait_for_selector(".l4-cell td")
-    assert "position 10, token ·Mary" in lab.locator(".l4-cell").inner_text()
+    lab.wait_for_text(".l4-cell", "position 10, token ·Mary")
     lab.page.keyboard.press("ArrowUp")
     lab.wait_for_python("view.grid.selected", "[4, 10]")
 
@@ -68,7 +68,8 @@ def test_a_saved_notebook_shows_the_picture_on_another_machine(notebook):
     copy = notebook(saved=saved, name="copy")
     picture = copy.page.locator(".jp-OutputArea-output img[alt*='normalised effect']")
     picture.wait_for()
-    assert picture.evaluate("image => image.complete && image.naturalWidth > 100")
+    shown = "image => image.complete && image.naturalWidth > 100"
+    copy.page.wait_for_function(shown, arg=picture.element_handle())
     assert copy.page.locator("canvas[data-v]").count() == 0
 
 
@@ -78,8 +79,8 @@ def test_tokens_never_become_html(notebook):
     lab.page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
     lab.click_cell(GRID, 3, 10)
     lab.page.wait_for_selector(".l4-cell td")
-    assert "<img·src=x" in lab.locator(".l4-cell").inner_text()
+    lab.wait_for_text(".l4-cell", "<img·src=x")
     assert "<img·src=x" in lab.tooltip(GRID, 2, 5)
-    assert "<img src=x" in lab.locator(".l4-legend").inner_text()
+    lab.wait_for_text(".l4-legend", "<img src=x")
     assert lab.page.locator(".jp-OutputArea-output img").count() == 0
     assert asked == []

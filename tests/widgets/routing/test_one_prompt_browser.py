@@ -22,7 +22,7 @@ def test_decisions_and_the_text_can_be_pointed_at(notebook):
     lab.click_cell(".map", 1, 2)
     lab.wait_for_python("map.selection", "{'row': 0, 'layer': 3, 'position': 2}")
     lab.page.wait_for_selector(".map .l4-cell:has-text('token ·capital')")
-    assert lab.page.locator(".map .l4-bars [data-bar]").count() == 8
+    lab.wait_for_count(".map .l4-bars [data-bar]", 8)
     tip = lab.tooltip(".map", 1, 3)
     assert tip.startswith("layer 3\ntoken <img·src=x")
     assert "gate: " in tip
@@ -33,8 +33,8 @@ def test_decisions_and_the_text_can_be_pointed_at(notebook):
     lab.wait_for_change(".map", picture)
 
     text = lab.locator(".strip .l4-text")
-    assert "The capital<img src=x" in text.inner_text()
-    assert ".↵\nWhen" in text.inner_text()
+    lab.wait_for_text(".strip .l4-text", "The capital<img src=x")
+    lab.wait_for_text(".strip .l4-text", ".↵\nWhen")
     token = lab.locator(".strip .l4-token[data-place='4']")
     before = token.evaluate("(token) => token.style.background")
     lab.locator(".strip .l4-layer .noUi-handle").focus()
@@ -49,5 +49,5 @@ def test_decisions_and_the_text_can_be_pointed_at(notebook):
     text.focus()
     lab.page.keyboard.press("ArrowRight")
     lab.wait_for_python("strip.selection['position']", "5")
-    assert "position 5 token ·is expert: " in lab.locator(".strip .l4-said").inner_text()
+    lab.wait_for_text(".strip .l4-said", "position 5 token ·is expert: ")
     assert lab.page.locator(".jp-OutputArea-output img").count() == 0
