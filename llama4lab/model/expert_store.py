@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -165,6 +166,9 @@ class ExpertStore:
                 self.tiers[device].put(key, moved)
         return moved
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertStore":
+        return self  # what is on disk is the same for a copy of the model, and so is what is held of it
+
     def __repr__(self) -> str:
         held = ", ".join(f"{tier.nbytes:,} of {tier.budget:,} bytes on {device}" for device, tier in self.tiers.items())
         return f"ExpertStore({held}; {self.traffic.hit_rate:.0%} of {self.traffic.asked} found there)"
@@ -203,6 +207,9 @@ class Stored:
     def to(self, device: torch.device) -> "Stored":
         """Gives the same for another device."""
         return Stored(self.store, self.name, self.matrices, device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Stored":
+        return self.to(self.device)
 
     def _begin(self, expert: int) -> None:
         self.store.begin((self.name, expert), self.matrices[expert], self.device)

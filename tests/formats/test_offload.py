@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import threading
+from copy import deepcopy
 
 import pytest
 import torch
@@ -83,6 +84,14 @@ def test_patching_sweeps_and_gradients_work_on_experts_on_disk(folder, random_id
         found.append((sweep.tensor("effect"), next(iter(estimate.tensors.values()))))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=2e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_a_copy_of_the_model_shares_the_store(folder, random_ids):
+    model, ids = lab.load(folder, experts="offload"), random_ids(1, 6)
+    copy = deepcopy(model)
+    assert copy(ids).logits.equal(model(ids).logits)
+    assert store_of(copy) is store_of(model)
 
 
 @torch.no_grad()

@@ -43,6 +43,21 @@ def test_gradients_reach_activations_and_are_those_of_the_dense_model(saved_as, 
     assert found[0].abs().sum() > 0
 
 
+def test_sweeps_and_routing_are_those_of_the_dense_model(saved_as, format, random_ids):
+    model = lab.load(saved_as(format))
+    clean, corrupted, metric = random_ids(1, 10), random_ids(1, 10, seed=1), lab.metrics.logit_diff(5, 7)
+    found, routes = [], []
+    for each in (model, dense_twin(model)):
+        options = {"at": "layers.*.resid_pre", "over": ["layer", "position"], "metric": metric, "progress": False}
+        found.append(lab.sweep(each, clean, corrupted, **options).tensor("effect"))
+        with lab.rerouted(each, layers=1, ban=2):
+            run = lab.record(each, clean, at="layers.1.feed_forward.router.indices")
+        routes.append(run["layers.1.feed_forward.router.indices"])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-5)
+    assert torch.equal(routes[0], routes[1])
+    assert 2 not in routes[0]
+
+
 def test_weights_stay_packed_and_can_be_read(saved_as, format, image_batch, random_ids):
     model = lab.load(saved_as(format))
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
