@@ -47,8 +47,9 @@ class Weights:
             if not self._is_plain(name, shape) and (found := self._recognised(name, shape)):
                 self._packed[name] = found
                 self._stored[name] = {}
-        refuse_unread(shards, self._read_names())
-        self._check_names()
+        read = self._read_names()
+        refuse_unread(shards, read)
+        self._check_names(read)
         self._check_shapes()
 
     @property
@@ -184,11 +185,11 @@ class Weights:
             joined[index // columns, :, index % columns] = self._part(part, joined.dtype, device).T
         return joined.flatten(2)
 
-    def _check_names(self) -> None:
+    def _check_names(self, read: set[str]) -> None:
         needed = {on_disk for stored in self._stored.values() for on_disk in stored}
         missing = sorted(needed - set(self.shards))
-        read = needed | self._read_names()
-        extra = sorted(name for name in self.shards if name not in read and not is_for_activations(name))
+        known = needed | read
+        extra = sorted(name for name in self.shards if name not in known and not is_for_activations(name))
         if not missing and not extra:
             return
         advice = self._advice(missing, extra)

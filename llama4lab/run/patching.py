@@ -39,7 +39,7 @@ def patched(model: HookedPreTrainedModel, patches: Mapping[str, Patch]) -> Itera
         for name in selected(model.hook_points(), pattern):
             if name in listeners:
                 raise ValueError(f"{name!r} is patched twice, by {pattern!r} too. Combine both in one function.")
-            listeners[name] = _function(name, patch) if callable(patch) else _value(name, patch)
+            listeners[name] = _function(name, patch) if callable(patch) else replacement(name, patch)
     passes = 0
 
     def count(*_: object) -> None:
@@ -58,7 +58,12 @@ def patched(model: HookedPreTrainedModel, patches: Mapping[str, Patch]) -> Itera
         raise RuntimeError(f"{len(missing)} patches were never applied ({why}): {', '.join(missing[:4])}.")
 
 
-def _value(name: str, value: Tensor | float | int) -> Listener:
+def replacement(name: str, value: Tensor | float | int) -> Callable[[Tensor], Tensor]:
+    """Gives a patch that puts a value, broadcast to the hook point's shape, into its place.
+
+    Raises:
+        ValueError: if the value holds NaN; the patch raises it if the value does not fit.
+    """
     given = torch.as_tensor(value)
     if given.is_floating_point() and bool(given.isnan().any()):
         raise ValueError(f"The patch for {name!r} holds NaN; every later activation would be NaN.")

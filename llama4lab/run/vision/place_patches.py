@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from llama4lab.run.patching import replacement
 from llama4lab.run.run import Run
 
 Places = tuple[Int[Tensor, " place"], Int[Tensor, " place"]]
@@ -35,22 +36,12 @@ def filling(name: str, places: Places, value: Shaped[Tensor, "..."]) -> Patching
     Raises:
         ValueError: if the value holds NaN; the patch raises it if the value does not fit.
     """
-    if value.is_floating_point() and bool(value.isnan().any()):
-        raise ValueError(f"The value for {name!r} holds NaN; every later activation would be NaN.")
+    replace = replacement(name, value)
 
     def fill(old: Tensor) -> Tensor:
         _check_reach(name, old, places)
-        try:
-            fits = torch.broadcast_shapes(value.shape, old.shape) == old.shape
-        except RuntimeError:
-            fits = False
-        if not fits or value.is_floating_point() > old.is_floating_point():
-            raise ValueError(
-                f"The value for {name!r} has shape {list(value.shape)} and dtype {value.dtype}; the hook point has "
-                f"shape {list(old.shape)} and dtype {old.dtype}.\nGive a number, or a tensor that broadcasts to it."
-            )
         index, new = _on(old, places), old.clone()
-        new[index] = value.to(old.device, old.dtype).expand_as(old)[index]
+        new[index] = replace(old)[index]
         return new
 
     return fill
