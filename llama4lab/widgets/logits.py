@@ -147,9 +147,10 @@ class LogitLens(WithFallback, ipywidgets.VBox):
         levels, rows, columns, titles, texts = self._picture()
         self._drawing = True
         try:
-            self.grid.selected = []
-            self.grid.show(levels, rows, columns, titles=titles, texts=texts)
-            self.grid.selected = self._cell_of(self.selection)
+            with self.grid.hold_sync():
+                self.grid.selected = []
+                self.grid.show(levels, rows, columns, titles=titles, texts=texts)
+                self.grid.selected = self._cell_of(self.selection)
         finally:
             self._drawing = False
         self._selected()

@@ -95,7 +95,7 @@ class MapView(WithFallback, ipywidgets.VBox):
             return
         context = {name: getattr(self, name) for name in self.CONTEXT}
         levels, rows, columns, titles, texts, notes = self.picture()
-        with self._quiet():
+        with self._quiet(), self.grid.hold_sync():
             self.grid.selected = []
             self.grid.show(levels, rows, columns, titles=titles, texts=texts, notes=notes)
             cell = self.cell_of({**self.selection, **context}) if self.selection else []

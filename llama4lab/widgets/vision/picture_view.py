@@ -98,9 +98,10 @@ class PictureView(WithFallback, ipywidgets.VBox):
         """Draws again; what is selected stays selected where it is in the new picture."""
         before, self._quietly = self._quietly, True
         try:
-            self.cells.selected = None
-            self.paint()
-            self.cells.selected = self.cell_of(self.selection)
+            # In one message: a page that saw the selection go and come back would take the next key for the first one.
+            with self.cells.hold_sync():
+                self.paint()
+                self.cells.selected = self.cell_of(self.selection)
         finally:
             self._quietly = before
         self.describe()
