@@ -2,12 +2,12 @@
 
 import struct
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from llama4lab.checkpoint.strict_json import parse_json
+from llama4lab.checkpoint.tensor_files import Spec
 
 DTYPES = {
     "F64": torch.float64,
@@ -36,15 +36,6 @@ FOREIGN = {
     b"version https://git-lfs": "a Git LFS pointer; the weights themselves have not been fetched (git lfs pull)",
     b"GGUF": "a GGUF file",
 }
-
-
-class Spec(NamedTuple):
-    """What a header says of a tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int  # position of the first byte, counted from the start of the file
-    nbytes: int
 
 
 def read_header(file: Path) -> dict[str, Spec]:

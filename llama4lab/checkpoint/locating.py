@@ -14,39 +14,37 @@ FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.mo
 NOT_OURS = ["original/*", "metal/*", "onnx/*"]  # other formats of the same weights
 
 
-def locate(name: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Path:
+def locate(name: str | Path) -> Path:
     """Gives the folder of a checkpoint, after downloading it where needed.
 
     Args:
         name: `"tiny"`, the trained checkpoint that comes with the package; a folder; or an id on the Hugging Face hub,
-            `"owner/name"`. A folder that exists comes before an id of the same name; a folder named tiny is `"./tiny"`.
-        revision: The branch, tag or commit to take from the hub.
-        local_files_only: Whether to use only what is in the cache of the hub already.
+            `"owner/name"` or, at a branch, tag or commit, `"owner/name@revision"`. A folder that exists comes before an
+            id of the same name; a folder named tiny is `"./tiny"`. With `HF_HUB_OFFLINE=1` the hub is not asked: only
+            what is in its cache already is used.
 
     Raises:
         FileNotFoundError: if there is no such folder, and no such id on the hub or in its cache.
         PermissionError: if the owner of the hub repository has to grant access first.
-        ValueError: if the name is neither, or a revision is asked of something that has none.
+        ValueError: if the name is that of a file.
     """
     folder = TINY if name == "tiny" else Path(name).expanduser()
     if folder.is_dir() or name == "tiny":
-        if revision is not None:
-            raise ValueError(f"{name} is a folder, which has no revision {revision!r}; leave revision out.")
         return folder
     if folder.is_file():
         raise ValueError(f"{name} is a file; a checkpoint is the folder with config.json and the weights.")
-    if isinstance(name, Path) or not HUB_ID.fullmatch(name):
+    hub_id, _, revision = ("", "", "") if isinstance(name, Path) else name.partition("@")
+    if not HUB_ID.fullmatch(hub_id):
         raise FileNotFoundError(_no_folder(folder))
-    return _fetch(name, revision, local_files_only)
+    return _fetch(hub_id, revision or None)
 
 
-def _fetch(hub_id: str, revision: str | None, local_files_only: bool) -> Path:
+def _fetch(hub_id: str, revision: str | None) -> Path:
     wanted = hub_id + (f" at revision {revision}" if revision else "")
     try:
         folder = snapshot_download(
             hub_id,
             revision=revision,
-            local_files_only=local_files_only,
             allow_patterns=FILES,
             ignore_patterns=NOT_OURS,
         )
@@ -59,7 +57,7 @@ def _fetch(hub_id: str, revision: str | None, local_files_only: bool) -> Path:
         raise FileNotFoundError(
             f"{wanted} is neither a folder here nor complete in the cache of the Hugging Face hub.\n"
             f"The hub was not asked, or did not answer: {_first_line(error)}\n"
-            "Load it once with a network connection and local_files_only=False, or give the path of a folder."
+            "Load it once with a network connection and without HF_HUB_OFFLINE, or give the path of a folder."
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise FileNotFoundError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama4lab.checkpoint.schemes.plain import Plain
 from llama4lab.checkpoint.schemes.scheme import Scheme
-from llama4lab.checkpoint.shards import Shards
+from llama4lab.checkpoint.tensor_files import TensorFiles
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Matrix:
         """Whether it is stored as numbers."""
         return isinstance(self.scheme, Plain)
 
-    def read(self, shards: Shards) -> dict[str, Tensor]:
+    def read(self, shards: TensorFiles) -> dict[str, Tensor]:
         """Reads the bytes of the matrix, and no others, into memory of their own.
 
         Raises:
@@ -55,7 +55,7 @@ class Matrix:
         tensors = {role: shards.read(part.name, part.index) for role, part in self.parts.items()}
         return self._checked(tensors, shards)
 
-    def mapped(self, shards: Shards) -> dict[str, Tensor]:
+    def mapped(self, shards: TensorFiles) -> dict[str, Tensor]:
         """Gives its tensors as views of the file.
 
         Raises:
@@ -72,7 +72,7 @@ class Matrix:
         stored = {role: tensor.T if self.turned and tensor.ndim == 2 else tensor for role, tensor in tensors.items()}
         return self.scheme.dense(stored, self.shape).to(dtype)
 
-    def _checked(self, tensors: dict[str, Tensor], shards: Shards) -> dict[str, Tensor]:
+    def _checked(self, tensors: dict[str, Tensor], shards: TensorFiles) -> dict[str, Tensor]:
         for role, tensor in tensors.items():
             if tensor.is_floating_point() and not _is_finite(tensor):
                 name = self.parts[role].name
@@ -81,7 +81,7 @@ class Matrix:
                 )
         return tensors
 
-    def nbytes(self, shards: Shards) -> int:
+    def nbytes(self, shards: TensorFiles) -> int:
         """How many bytes it takes on disk."""
         return sum(shards.nbytes(part.name, part.index) for part in self.parts.values())
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llama4lab.checkpoint.recognition import PLAIN_DTYPES
-from llama4lab.checkpoint.shards import Shards
 from llama4lab.checkpoint.strict_json import read_json
+from llama4lab.checkpoint.tensor_files import TensorFiles
 
 # What configs call the methods whose weights can be read; MLX writes bits and group size without a name.
 READABLE = {"compressed-tensors", "bitsandbytes", "modelopt", "fbgemm_fp8"}
@@ -72,7 +72,7 @@ def is_for_activations(name: str) -> bool:
     return FOR_ACTIVATIONS.search(name) is not None
 
 
-def refuse_unread(shards: Shards, read: Set[str]) -> None:
+def refuse_unread(shards: TensorFiles, read: Set[str]) -> None:
     """Raises ValueError when a tensor that nobody reads is a scale or the like, or is not a plain number.
 
     Args:

@@ -11,7 +11,7 @@ from llama4lab.checkpoint.schemes.lookup import Lookup
 from llama4lab.checkpoint.schemes.plain import Plain
 from llama4lab.checkpoint.schemes.scaled import Scaled
 from llama4lab.checkpoint.schemes.scheme import Scheme, Shape
-from llama4lab.checkpoint.shards import Shards
+from llama4lab.checkpoint.tensor_files import TensorFiles
 
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -27,7 +27,7 @@ class Recognition:
         shards: The files.
     """
 
-    def __init__(self, shards: Shards):
+    def __init__(self, shards: TensorFiles):
         self.shards = shards
 
     def linear(self, base: str, shape: tuple[int, int], index: int | None = None) -> Matrix | None:
@@ -50,7 +50,10 @@ class Recognition:
             return self._integers(has, shape, index) if dtype == torch.int32 else self._fp4(has, shape, index)
         if "weight" not in has:
             return None
-        dtype = self.shards.spec(has["weight"]).dtype
+        dtype, own = self.shards.spec(has["weight"]).dtype, self.shards.spec(has["weight"]).scheme
+        if own is not None:
+            stored = self._own_shape(has["weight"], index)
+            return self._made({"weight": (has["weight"], stored)}, own, shape, index)
         if dtype in PLAIN_DTYPES and len(has.keys() & SCALES) == 0:
             return self._made({"weight": (has["weight"], shape)}, Plain(), shape, index)
         if dtype == torch.uint8 and "weight_scale_2" in has:

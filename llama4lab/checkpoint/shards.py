@@ -1,23 +1,24 @@
 """The safetensors files of a checkpoint, one or many, as a mapping from names on disk to tensors."""
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from llama4lab.checkpoint.header import Spec, read_header
+from llama4lab.checkpoint.header import read_header
 from llama4lab.checkpoint.spelling import listed, near_misses
 from llama4lab.checkpoint.strict_json import read_json
+from llama4lab.checkpoint.tensor_files import Spec, TensorFiles, no_tensor, read_slice
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FOREIGN_WEIGHTS = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.h5", "*.npz")
 
 
-class Shards(Mapping[str, Tensor]):
+class Shards(TensorFiles):
     """Every tensor of a checkpoint by its name on disk. Values are mapped from the file when they are asked for.
 
     Opening reads the index and the headers only, and checks that they agree. A tensor shares memory with its file
@@ -41,14 +42,11 @@ class Shards(Mapping[str, Tensor]):
             self._check_index(_weight_map(folder / INDEX))
 
     def spec(self, name: str) -> Spec:
-        """Gives dtype, shape and place of a tensor, from the header alone."""
         return self._headers[self.file(name)][name]
 
     def file(self, name: str) -> Path:
-        """Gives the file that holds the tensor."""
         if name not in self._file:
-            near = near_misses(name, self._file)
-            raise KeyError(f"{self.folder} holds no tensor {name}" + (f"; near misses: {near}" if near else ""))
+            raise no_tensor(self.folder, name, self._file)
         return self._file[name]
 
     def __getitem__(self, name: str) -> Shaped[Tensor, "..."]:
@@ -65,35 +63,8 @@ class Shards(Mapping[str, Tensor]):
             values = bytearray(values)
         return torch.frombuffer(values, dtype=spec.dtype).view(spec.shape)
 
-    def nbytes(self, name: str, index: int | None = None) -> int:
-        """Gives how many bytes a tensor, or one slice along its first axis, takes in its file."""
-        spec = self.spec(name)
-        return spec.nbytes if index is None else spec.nbytes // spec.shape[0]
-
     def read(self, name: str, index: int | None = None) -> Shaped[Tensor, "..."]:
-        """Gives a tensor, or one slice along its first axis, in memory of its own: exactly these bytes are read.
-
-        A mapping would let the system read much more ahead. Threads may read at the same time.
-
-        Raises:
-            IndexError: if there is no such slice.
-            OSError: if the file has become shorter, or cannot be read any more.
-        """
-        spec = self.spec(name)
-        shape = spec.shape if index is None else spec.shape[1:]
-        if index is not None and not 0 <= index < spec.shape[0]:
-            raise IndexError(f"{self.file(name)}: slice {index} of {name} was asked for; it has {spec.shape[0]}.")
-        size = self.nbytes(name, index)
-        values, start = bytearray(size), spec.start + (index or 0) * size
-        with self.file(name).open("rb", buffering=0) as opened:
-            opened.seek(start)
-            done = 0
-            while done < size:
-                count = opened.readinto(memoryview(values)[done:])
-                if not count:
-                    raise OSError(f"{self.file(name)} ends before {name} does; it has changed since it was opened.")
-                done += count
-        return torch.frombuffer(values, dtype=spec.dtype).view(shape) if size else torch.empty(shape, dtype=spec.dtype)
+        return read_slice(self.spec(name), self.file(name), name, index)
 
     def __contains__(self, name: object) -> bool:
         return name in self._file

@@ -12,8 +12,8 @@ from llama4lab.checkpoint.layouts import VISION, Layout, Shape, is_bank
 from llama4lab.checkpoint.matrices import Matrix
 from llama4lab.checkpoint.quantization import is_for_activations, refuse_unread
 from llama4lab.checkpoint.recognition import PLAIN_DTYPES, Recognition
-from llama4lab.checkpoint.shards import Shards
 from llama4lab.checkpoint.spelling import listed, near_misses
+from llama4lab.checkpoint.tensor_files import TensorFiles
 
 
 class Weights:
@@ -30,7 +30,7 @@ class Weights:
             one too many, or one of another shape. Nothing is read yet.
     """
 
-    def __init__(self, shards: Shards, expected: Mapping[str, Shape], tied: Mapping[str, str] | None = None):
+    def __init__(self, shards: TensorFiles, expected: Mapping[str, Shape], tied: Mapping[str, str] | None = None):
         self.shards = shards
         self.layout = Layout.of(shards)
         self._shapes = dict(expected)
@@ -67,6 +67,12 @@ class Weights:
             raise KeyError(f"{name} is not made of matrices.")
         return found
 
+    def on_disk(self, name: str) -> list[str]:
+        """Gives the names on disk of the tensors that one tensor of the model is made of."""
+        if name not in self._packed:
+            return list(self._stored[name])
+        return [part.name for own in self._packed[name] for matrix in own for part in matrix.parts.values()]
+
     def counts(self) -> dict[str, int]:
         """Gives how many numbers each tensor of the model has."""
         return {name: prod(shape) for name, shape in self._shapes.items()}
@@ -80,7 +86,7 @@ class Weights:
         """Gives the names in the model in the order in which reading them walks through the files once."""
 
         def place(name: str) -> tuple[str, int]:
-            first = next(iter(self._names_of(name)))
+            first = next(iter(self.on_disk(name)))
             return str(self.shards.file(first)), self.shards.spec(first).start
 
         return sorted(self._stored, key=place)
@@ -136,15 +142,10 @@ class Weights:
             return self._recognition.fused(base, shape, index or 0)
         return self._recognition.linear(base, inner, index)
 
-    def _names_of(self, name: str) -> list[str]:
-        if name not in self._packed:
-            return list(self._stored[name])
-        return [part.name for own in self._packed[name] for matrix in own for part in matrix.parts.values()]
-
     def _read_names(self) -> set[str]:
         plain = (name for name in self._stored if name not in self._packed)
         read = {on_disk for name in plain for on_disk in self._stored[name] if self._has_numbers(on_disk)}
-        return read | {on_disk for name in self._packed for on_disk in self._names_of(name)}
+        return read | {on_disk for name in self._packed for on_disk in self.on_disk(name)}
 
     def _has_numbers(self, on_disk: str) -> bool:
         return on_disk in self.shards and self.shards.spec(on_disk).dtype in PLAIN_DTYPES

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llama4lab.checkpoint.matrices import Matrix
-from llama4lab.checkpoint.shards import Shards
+from llama4lab.checkpoint.tensor_files import TensorFiles
 from llama4lab.model.packed_matrix import PackedMatrix
 
 AHEAD = 2  # experts that are being read before they are asked for
@@ -85,7 +85,7 @@ class ExpertStore:
         traffic: What it did since it was made, or since `reset`.
     """
 
-    def __init__(self, shards: Shards, budgets: Mapping[torch.device, int]):
+    def __init__(self, shards: TensorFiles, budgets: Mapping[torch.device, int]):
         self.shards = shards
         self.tiers = {device: Tier(budget) for device, budget in budgets.items()}
         self.traffic = Traffic()

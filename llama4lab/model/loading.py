@@ -16,9 +16,8 @@ from torch import nn
 from transformers import GenerationConfig, Llama4Config, Llama4TextConfig
 
 from llama4lab.checkpoint.locating import locate
+from llama4lab.checkpoint.opening import files_of, settings_of
 from llama4lab.checkpoint.schemes.encoding import Method
-from llama4lab.checkpoint.settings import read_config
-from llama4lab.checkpoint.shards import Shards
 from llama4lab.checkpoint.strict_json import read_json
 from llama4lab.checkpoint.weights import Weights
 from llama4lab.model.expert_store import ExpertStore
@@ -39,13 +38,13 @@ def load(
     experts: str = "resident",
     memory: Mapping[str, str | int] | None = None,
     quantize: str | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
 ) -> HookedModel:
     """Gives the model of a checkpoint, ready to run: `HookedLlama4`, or `HookedLlama4ForCausalLM` if it is text only.
 
     Args:
-        name: `"tiny"`, the trained checkpoint that comes with the package; a folder; or an id on the Hugging Face hub.
+        name: `"tiny"`, the trained checkpoint that comes with the package; a folder; or an id on the Hugging Face hub,
+            `"owner/name"` or, at a branch, tag or commit, `"owner/name@revision"`. With `HF_HUB_OFFLINE=1` only what
+            is in the cache of the hub already is used.
         device_map: One device for the whole model (None is the CPU); `"auto"` to spread it over the GPUs there are, and
             the CPU for what does not fit; or a dict from the names of modules to devices.
         dtype: The dtype to compute in; `"auto"` is the one the weights are stored in. None is float32 when the whole
@@ -57,8 +56,6 @@ def load(
             RAM that is free).
         quantize: `"int8"`, `"int4"` or `"fp8"` rounds the experts and the dense MLPs of a checkpoint of plain numbers
             while it is loaded, one matrix after the other. Weights only: activations are computed in `dtype`.
-        revision: The branch, tag or commit to take from the hub.
-        local_files_only: Whether to use only what is in the cache of the hub already.
 
     Raises:
         FileNotFoundError: if the checkpoint, or a file of it, is not there.
@@ -67,7 +64,7 @@ def load(
             available, or if what is asked for excludes each other.
         MemoryError: if `"auto"` finds no room for the model.
     """
-    folder = locate(name, revision=revision, local_files_only=local_files_only)
+    folder = locate(name)
     model = empty_model(folder)
     parameters, tied = _parameters(model)
     weights = opened(folder, model)
@@ -91,7 +88,7 @@ def load(
 
 def empty_model(folder: Path) -> HookedModel:
     """Gives the model that a checkpoint's config describes, without memory behind its parameters."""
-    config = read_config(folder)
+    config = settings_of(folder)
     try:
         with torch.device("meta"):
             return HookedLlama4(config) if isinstance(config, Llama4Config) else HookedLlama4ForCausalLM(config)
@@ -108,7 +105,7 @@ def opened(folder: Path, model: HookedModel) -> Weights:
     """
     parameters, tied = _parameters(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items() if name not in tied}
-    return Weights(Shards(folder), shapes, tied)
+    return Weights(files_of(folder), shapes, tied)
 
 
 def _check_choices(experts: str, quantize: str | None, weights: Weights) -> None:

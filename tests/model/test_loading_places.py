@@ -101,12 +101,12 @@ def test_a_hub_id_loads_from_the_cache_without_network(saved, tmp_path, monkeypa
         (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    model = load("owner/llama", local_files_only=True)
+    model = load("owner/llama@main")
     assert model.folder == snapshot
-    assert model.config._name_or_path == "owner/llama"
+    assert model.config._name_or_path == "owner/llama@main"
     assert torch.equal(model(random_ids(1, 9)).logits, expected)
     with pytest.raises(FileNotFoundError, match="owner/other is neither a folder here nor complete"):
-        load("owner/other", local_files_only=True)
+        load("owner/other")
 
 
 @pytest.mark.gpu
