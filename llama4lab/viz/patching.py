@@ -120,7 +120,8 @@ def measure_label(table: pd.DataFrame, column: str) -> str:
     return labels.get(column, f"{column.replace('_', ' ')}: {metric}")
 
 
-def _wrapped(label: str) -> str:
+def wrapped(label: str) -> str:
+    """A label in lines that an axis has room for."""
     lines = [line if len(line) <= LINE else line.replace(" on ", "\non ", 1) for line in label.split("\n")]
     return "\n".join(fill(line, LINE) for line in "\n".join(lines).split("\n"))
 
@@ -144,7 +145,7 @@ def _map(table: pd.DataFrame, grid: CellGrid, column: str, ax: Axes | None, limi
     _label_rows(ax, grid, height)
     ax.set(xlabel=grid.column_name)
     style.plain(ax)
-    style.color_bar(ax, picture, _wrapped(measure_label(table, column)))
+    style.color_bar(ax, picture, wrapped(measure_label(table, column)))
     return ax
 
 
@@ -169,7 +170,7 @@ def _label_rows(ax: Axes, grid: CellGrid, height: float) -> None:
 
 def _bars(table: pd.DataFrame, grid: CellGrid, column: str, ax: Axes | None) -> Axes:
     values, count = grid.values[0], len(grid.columns)
-    place, measure, axis = np.arange(count), _wrapped(measure_label(table, column)), grid.column_name
+    place, measure, axis = np.arange(count), wrapped(measure_label(table, column)), grid.column_name
     several = column == "effect" and "pairs" in table and bool((table["pairs"] > 1).any())
     spread = table["effect_std"].to_numpy() if several else None
     look = {"color": style.BLUE, "error_kw": {"ecolor": style.GREY, "elinewidth": 1.0}}

@@ -1,6 +1,7 @@
 """Plots of `llama4lab.tables.vision`."""
 
 from llama4lab.viz.vision.causes import occlusion as occlusion
+from llama4lab.viz.vision.causes import region_effects as region_effects
 from llama4lab.viz.vision.causes import side_by_side as side_by_side
 from llama4lab.viz.vision.causes import sweep_places as sweep_places
 from llama4lab.viz.vision.feature_maps import norms as norms

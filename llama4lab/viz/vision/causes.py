@@ -1,12 +1,16 @@
 """Which parts of a picture an answer depends on: grey boxes, patched places, and other maps beside them."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from llama4lab.viz import style
+from llama4lab.viz.expert_colors import expert_color
+from llama4lab.viz.legend import legend_beside
+from llama4lab.viz.patching import measure_label, wrapped
 from llama4lab.viz.routing.checking import check
 from llama4lab.viz.vision.cells import frame
 from llama4lab.viz.vision.looks import look_of
@@ -15,6 +19,7 @@ from llama4lab.viz.vision.picture import GROUND, Picture, in_grey
 from llama4lab.viz.vision.picture_panels import bare, best_columns, by_layer, empty_panels, painted_panels
 
 MEASURES = ("normalised", "effect", "weight", "prob", "cosine", "norm")
+MARKERS = "osD^vPX*"
 Box = tuple[float | int, float | int, float | int, float | int]
 
 
@@ -124,3 +129,43 @@ def narrowed(table: pd.DataFrame, image: Picture) -> pd.DataFrame:
         edges = np.concatenate([[0.0], (places[1:] + places[:-1]) / 2, [float(end)]])
         cells[low], cells[high] = edges[own], edges[own + 1]
     return cells
+
+
+def region_effects(table: pd.DataFrame, *, ax: Axes | None = None, value: str = "normalised") -> Axes:
+    """Draws through which hook points a region works: a line for each region, along the road from pixel to answer.
+
+    Args:
+        table: As `tables.vision.region_effects` gives it.
+        ax: Where to draw; a new figure by default.
+        value: "normalised", "effect" or "patched".
+
+    Raises:
+        ValueError: if a column is missing or the table is empty.
+    """
+    check(table, "region", "hook_point", value)
+    places = list(dict.fromkeys(table["hook_point"]))
+    kinds = {place.rpartition(".")[2] for place in places if "layers." in place}
+    ax = style.axes(ax, 3.2 + 0.34 * len(places), 3.6)
+    for number, (region, own) in enumerate(table.groupby("region", sort=False)):
+        line = own.set_index("hook_point")[value].reindex(places)
+        look: dict[str, Any] = {"color": expert_color(number), "marker": MARKERS[number % len(MARKERS)]}
+        ax.plot(range(len(places)), line, markersize=5, label=str(region), **look)
+    ax.set_xticks(range(len(places)), [_short(place, len(kinds) > 1) for place in places], rotation=90)
+    if value != "patched":
+        ax.axhline(0.0, color=style.INK, linewidth=0.8, zorder=0)
+    if value == "normalised":
+        ax.axhline(1.0, color=style.INK, linewidth=0.8, linestyle=":", zorder=0)
+    where = f"hook point ({kinds.pop()})" if len(kinds) == 1 else "hook point"
+    ax.set(xlabel=where, ylabel=wrapped(measure_label(table, value)))
+    style.plain(ax)
+    legend_beside(ax)
+    return ax
+
+
+def _short(hook_point: str, kinds: bool) -> str:
+    """A hook point's name for an axis: `vision 3`, with its kind `layer 5 z`; outside layers the name itself."""
+    start, layers, rest = hook_point.partition("layers.")
+    if not layers:
+        return hook_point.removeprefix("vision_model.")
+    layer, _, kind = rest.partition(".")
+    return f"{'vision' if start else 'layer'} {layer}" + (f" {kind.rpartition('.')[2]}" if kinds else "")
