@@ -30,6 +30,9 @@ class ChunkedLayerCache(DynamicSlidingWindowLayer):
         if self.sliding_window == 1 and not self.record_past:
             # A slice from -0 would keep everything instead of nothing.
             self._keep(slice(0))
+        if self.keys is not None and self.keys.untyped_storage().nbytes() > 2 * self.keys.nbytes:
+            # What is kept of a long prompt is a view of all of it, which would stay in memory until the next token.
+            self.keys, self.values = self.keys.clone(), None if self.values is None else self.values.clone()
         return keys, values
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -130,5 +130,5 @@ def waves(tokens: Int[np.ndarray, " cell"], most_tokens: int, most_cells: int) -
 
 
 def offloaded(model: nn.Module) -> bool:
-    """Whether accelerate keeps weights of the model elsewhere until they are used."""
-    return any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules())
+    """Whether weights of the model wait elsewhere until they are used: in a store, or where accelerate keeps them."""
+    return getattr(model, "store", None) is not None or any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules())

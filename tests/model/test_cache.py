@@ -34,6 +34,14 @@ def test_chunked_layers_keep_less_than_a_chunk_and_nope_layers_everything(length
 
 
 @torch.no_grad()
+def test_what_a_chunk_forgets_gives_its_memory_back_at_once(model, random_ids):
+    cache = model(random_ids(2, 200), use_cache=True).cache
+    for layer in cache.layers:
+        assert layer.keys.untyped_storage().nbytes() <= 2 * layer.keys.nbytes
+        assert layer.values.untyped_storage().nbytes() <= 2 * layer.values.nbytes
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("chunk", [1, 2, 3, 8, None])
 def test_decoding_equals_the_full_pass_for_every_chunk_size(chunk, new_text_model, random_ids):
     """N13: with a chunk of 1, transformers keeps the slice from -0, which is everything."""
