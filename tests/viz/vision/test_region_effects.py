@@ -21,7 +21,7 @@ def effects() -> pd.DataFrame:
 
 def test_each_region_is_a_line_along_the_road(effects):
     ax = vision.region_effects(effects)
-    lines = {line.get_label(): line for line in ax.lines if len(line.get_xdata()) == len(ROAD)}
+    lines = {line.get_label(): line for line in ax.lines if np.size(line.get_xdata()) == len(ROAD)}
     assert list(lines) == ["star", "rest"]
     assert np.allclose(lines["rest"].get_ydata(), [0, -1 / 3, -2 / 3, -1])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["vision 0", "image_features", "layer 0", "layer 1"]
