@@ -15,6 +15,7 @@ from llama4lab.viz import (
     patching,
     route_content,
     routing,
+    verification,
     vision,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "patching",
     "route_content",
     "routing",
+    "verification",
     "vision",
 ]

@@ -20,6 +20,7 @@ DIVERGING = LinearSegmentedColormap.from_list(
     "llama4lab_diverging", ["#0b3c6f", "#6aa5d1", "#ffffff", "#eda24f", "#8a3b00"]
 )
 BLUE, ORANGE, GREY, INK = "#23669f", "#e08a1e", "#9a9a9a", "#222222"
+MARKERS = "osD^vPX*"  # of lines, so that they are told apart without colour
 LINE = "#c4366f"  # borders of chunks and tiles: on neither map
 
 

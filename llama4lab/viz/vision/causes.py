@@ -19,7 +19,6 @@ from llama4lab.viz.vision.picture import GROUND, Picture, in_grey
 from llama4lab.viz.vision.picture_panels import bare, best_columns, by_layer, empty_panels, painted_panels
 
 MEASURES = ("normalised", "effect", "weight", "prob", "cosine", "norm")
-MARKERS = "osD^vPX*"
 Box = tuple[float | int, float | int, float | int, float | int]
 
 
@@ -148,7 +147,7 @@ def region_effects(table: pd.DataFrame, *, ax: Axes | None = None, value: str = 
     ax = style.axes(ax, 3.2 + 0.34 * len(places), 3.6)
     for number, (region, own) in enumerate(table.groupby("region", sort=False)):
         line = own.set_index("hook_point")[value].reindex(places)
-        look: dict[str, Any] = {"color": expert_color(number), "marker": MARKERS[number % len(MARKERS)]}
+        look: dict[str, Any] = {"color": expert_color(number), "marker": style.MARKERS[number % len(style.MARKERS)]}
         ax.plot(range(len(places)), line, markersize=5, label=str(region), **look)
     ax.set_xticks(range(len(places)), [_short(place, len(kinds) > 1) for place in places], rotation=90)
     if value != "patched":
