@@ -102,7 +102,7 @@ class Prompter:
         if self._control is None:
             where = "The model was not loaded from a folder."
             if self.folder is not None:
-                where = f"{self.folder} has neither tokenizer.json nor tokenizer.model."
+                where = f"{self.folder} has no tokenizer, as tokenizer.json or tokenizer.model is one."
             raise ValueError(
                 f"A {kind} was given, but this model has no tokenizer.\n{where}\n"
                 "Give token ids instead: a list of int, or a [batch, seq] tensor."

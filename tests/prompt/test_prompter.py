@@ -262,7 +262,7 @@ def test_a_model_without_a_folder_takes_token_ids_and_says_what_is_missing(confi
 
 def test_a_folder_without_tokenizer_or_image_settings_is_named(config, tmp_path, noise):
     prompter = prompter_for(Loaded(tmp_path, config))
-    with pytest.raises(ValueError, match=f"{tmp_path} has neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(ValueError, match=f"{tmp_path} has no tokenizer, as tokenizer.json or tokenizer.model is one"):
         prompter([{"role": "user", "content": "Hi"}])
     with pytest.raises(ValueError, match=f"{tmp_path} has no preprocessor_config.json"):
         prompter([5, 6], images=noise(20, 20))
