@@ -14,6 +14,7 @@ from llama4lab.checkpoint.spelling import near_misses
 LARGEST_SIZE = 2**31 - 1
 MOST_LAYERS = 1024
 MOST_EXPERTS = 65_536
+MOST_IN_ALL = 131_072  # experts of all layers, each of which may have tensors of its own
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "intermediate_size_mlp", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "no_rope_layer_interval",
@@ -86,6 +87,7 @@ def _check_experts(config: Llama4TextConfig, must: Any) -> None:
         must(
             1 <= experts <= MOST_EXPERTS, "num_local_experts", f"1 to {MOST_EXPERTS:,}, as layers {moe[:3]}.. need them"
         )
+        must(experts * len(moe) <= MOST_IN_ALL, "num_local_experts", f"at most {MOST_IN_ALL:,} in {len(moe)} layers")
         must(
             1 <= config.num_experts_per_tok <= experts, "num_experts_per_tok", f"1 to {experts}, the number of experts"
         )

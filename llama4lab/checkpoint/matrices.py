@@ -19,10 +19,12 @@ class Part:
     Attributes:
         name: On disk.
         index: Of the slice along the first axis; None for the whole tensor.
+        within: The lowest and the highest value that makes sense; None for any number.
     """
 
     name: str
     index: int | None = None
+    within: tuple[float | int, float | int] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Matrix:
         """Reads the bytes of the matrix, and no others, into memory of their own.
 
         Raises:
-            ValueError: if a number among them is NaN or infinite.
+            ValueError: if a number among them is NaN or infinite, or makes no sense for what it is.
         """
         tensors = {role: shards.read(part.name, part.index) for role, part in self.parts.items()}
         return self._checked(tensors, shards)
@@ -59,7 +61,7 @@ class Matrix:
         """Gives its tensors as views of the file.
 
         Raises:
-            ValueError: if a number among them is NaN or infinite.
+            ValueError: if a number among them is NaN or infinite, or makes no sense for what it is.
         """
         tensors: dict[str, Tensor] = {}
         for role, part in self.parts.items():
@@ -68,17 +70,31 @@ class Matrix:
         return self._checked(tensors, shards)
 
     def dense(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
-        """Gives the numbers, from what `read` or `mapped` gave, on its device."""
+        """Gives the numbers, from what `read` or `mapped` gave, on its device.
+
+        Raises:
+            ValueError: if a number is too large for float16.
+        """
         stored = {role: tensor.T if self.turned and tensor.ndim == 2 else tensor for role, tensor in tensors.items()}
-        return self.scheme.dense(stored, self.shape).to(dtype)
+        numbers = self.scheme.dense(stored, self.shape).to(dtype)
+        if dtype == torch.float16 and not _is_finite(numbers):  # the only one with a smaller range than scales have
+            name = self.parts[next(iter(self.parts))].name
+            raise ValueError(f"{name} holds values too large for {dtype}; load it in another dtype.")
+        return numbers
 
     def _checked(self, tensors: dict[str, Tensor], shards: TensorFiles) -> dict[str, Tensor]:
         for role, tensor in tensors.items():
             if tensor.is_floating_point() and not _is_finite(tensor):
-                name = self.parts[role].name
                 raise ValueError(
-                    f"{shards.file(name)}: {name} holds values that are NaN or infinite; the file is damaged."
+                    f"{shards.place(self.parts[role].name)} holds values that are NaN or infinite; the file is damaged."
                 )
+            if (within := self.parts[role].within) is not None and tensor.numel():
+                low, high = (value.item() for value in torch.aminmax(tensor))
+                if low < within[0] or high > within[1]:
+                    place, found = shards.place(self.parts[role].name), low if low < within[0] else high
+                    raise ValueError(
+                        f"{place} holds {found}; it must lie between {within[0]} and {within[1]}. The file is damaged."
+                    )
         return tensors
 
     def nbytes(self, shards: TensorFiles) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from llama4lab.checkpoint.declared import CONFIG_KEYS
 from llama4lab.checkpoint.recognition import PLAIN_DTYPES
 from llama4lab.checkpoint.strict_json import read_json
 from llama4lab.checkpoint.tensor_files import TensorFiles
@@ -16,7 +17,6 @@ from llama4lab.checkpoint.tensor_files import TensorFiles
 READABLE = {"compressed-tensors", "bitsandbytes", "modelopt", "fbgemm_fp8"}
 # Scales of activations and of cached keys and values: weights are read, activations stay as they are.
 FOR_ACTIVATIONS = re.compile(r"[._](input_scale|input_scale_ub|input_global_scale|k_scale|v_scale|output_scale)$")
-CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 CONFIG_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 # Names of tensors that only a quantized checkpoint has, and who writes them; the first that matches counts.
@@ -94,5 +94,5 @@ def refuse_unread(shards: TensorFiles, read: Set[str]) -> None:
 def _refusal(found: str) -> str:
     return (
         f"{found}, in a form that cannot be read.\nReadable are plain numbers, compressed-tensors (int4, int8, FP8, "
-        "NVFP4), bitsandbytes (nf4, fp4), modelopt (FP8, NVFP4), fbgemm and MLX."
+        "NVFP4), bitsandbytes (nf4, fp4), modelopt (FP8, NVFP4), fbgemm, MLX, GGUF and Meta's own files."
     )

@@ -1,23 +1,36 @@
 """Recognising how a matrix is stored, from the names, dtypes and shapes of its tensors."""
 
 import math
+from dataclasses import replace
 
 import torch
 
-from llama4lab.checkpoint.matrices import Matrix, Part
+from llama4lab.checkpoint.declared import Declared
+from llama4lab.checkpoint.gguf.blocks import GgmlBlocks
+from llama4lab.checkpoint.matrices import Matrix
+from llama4lab.checkpoint.parts import PLAIN_DTYPES, WHOLE, Slice, Wanted, assembled, columns_of, must_divide, without
 from llama4lab.checkpoint.schemes.fp4 import GROUP, Nvfp4
 from llama4lab.checkpoint.schemes.integers import AffineIntegers, PackedIntegers
-from llama4lab.checkpoint.schemes.lookup import Lookup
+from llama4lab.checkpoint.schemes.lookup import LARGEST_STATE, Lookup
 from llama4lab.checkpoint.schemes.plain import Plain
 from llama4lab.checkpoint.schemes.scaled import Scaled
 from llama4lab.checkpoint.schemes.scheme import Scheme, Shape
 from llama4lab.checkpoint.tensor_files import TensorFiles
 
-PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+EIGHT_BITS = (torch.float8_e4m3fn, torch.int8)
 STATE = "weight.quant_state.bitsandbytes__"
 # Blocks of scales that are in use; where the sides of a matrix are no multiples, the last block is cut short.
-BLOCK = 128
+BLOCK = (128, 128)
+# A scale that divides must not be 0, nor so small that what it divides overflows.
+DIVIDES, MULTIPLIES, SCALES_BY = (1e-30, 1e30), (0.0, 1e30), (-1e30, 1e30)
+
+SUFFIXES = (
+    "weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point",
+    "weight_shape", "weight_g_idx", "scales", "biases", f"{STATE}nf4", f"{STATE}fp4", "weight.absmax",
+    "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
+)  # fmt: skip
+SCALES = {"weight_scale", "weight_scale_2", "scales", "biases", "weight_scale_inv"}
+OF_WORDS = {"weight_global_scale", "weight_zero_point", "weight_shape", "weight_g_idx"}
 
 
 class Recognition:
@@ -29,40 +42,54 @@ class Recognition:
 
     def __init__(self, shards: TensorFiles):
         self.shards = shards
+        self.declared = Declared.by(shards.folder)
 
-    def linear(self, base: str, shape: tuple[int, int], index: int | None = None) -> Matrix | None:
+    def linear(
+        self, base: str, shape: tuple[int, int], index: int | None = None, count: int | None = None
+    ) -> Matrix | None:
         """Gives the matrix `base`, or one of the matrices stacked under it; None if it is not there in any known form.
 
         Args:
             base: Its name on disk, without `.weight`.
             shape: Out and in.
             index: Which of the matrices, if they are stacked.
+            count: How many there are, if they are stacked.
 
         Raises:
-            ValueError: if it is there, and a tensor of it has another shape than its form asks for.
+            ValueError: if it is there, and a part of it is missing, or has another shape or dtype than its form asks
+                for, or if config.json says something else of it.
         """
         has = {suffix: f"{base}.{suffix}" for suffix in SUFFIXES if f"{base}.{suffix}" in self.shards}
+        which = Slice(index, count)
         kinds = [suffix for suffix in has if suffix.startswith(STATE)]
         if kinds:
-            return self._lookup(has, kinds[0], shape, index)
+            return self._lookup(base, has[kinds[0]], shape, which)
         if "weight_packed" in has:
-            dtype = self.shards.spec(has["weight_packed"]).dtype
-            return self._integers(has, shape, index) if dtype == torch.int32 else self._fp4(has, shape, index)
+            of_floats = self.shards.spec(has["weight_packed"]).dtype == torch.uint8 or "weight_global_scale" in has
+            return (self._fp4 if of_floats else self._integers)(base, shape, which)
         if "weight" not in has:
+            if has.keys() - {"scales", "weight"}:  # GPTQ and AWQ have scales beside tensors of other names
+                missing = "weight_packed" if has.keys() & OF_WORDS else "weight"
+                raise without(self.shards, next(iter(has.values())), f"{base}.{missing}")
             return None
-        dtype, own = self.shards.spec(has["weight"]).dtype, self.shards.spec(has["weight"]).scheme
-        if own is not None:
-            stored = self._own_shape(has["weight"], index)
-            return self._made({"weight": (has["weight"], stored)}, own, shape, index)
-        if dtype in PLAIN_DTYPES and len(has.keys() & SCALES) == 0:
-            return self._made({"weight": (has["weight"], shape)}, Plain(), shape, index)
-        if dtype == torch.uint8 and "weight_scale_2" in has:
-            renamed = has | {"weight_packed": has["weight"], "weight_global_scale": has["weight_scale_2"]}
-            return self._fp4(renamed, shape, index, divides=False)
-        if dtype in (torch.uint32, torch.int32) and {"scales", "biases"} <= has.keys():
-            return self._affine(has, shape, index)
-        if dtype in EIGHT_BITS and "weight_scale" in has:
-            return self._scaled(has["weight"], has["weight_scale"], shape, index)
+        spec = self.shards.spec(has["weight"])
+        if spec.scheme is not None:
+            stored = spec.shape if index is None else spec.shape[1:]
+            if isinstance(spec.scheme, GgmlBlocks):
+                stored = spec.scheme.stored_shape(shape)
+            parts = {"weight": Wanted(has["weight"], stored, (spec.dtype,))}
+            if "weight_scale" in has:
+                own = self._own_shape(has["weight_scale"], index)
+                parts["weight_scale"] = Wanted(has["weight_scale"], own, within=MULTIPLIES)
+            return self._made(parts, spec.scheme, shape, which)
+        if spec.dtype in PLAIN_DTYPES and len(has.keys() & SCALES) == 0:
+            return self._made({"weight": Wanted(has["weight"], shape)}, Plain(), shape, which)
+        if spec.dtype == torch.uint8 and has.keys() & {"weight_scale", "weight_scale_2"}:
+            return self._fp4(base, shape, which, divides=False)
+        if spec.dtype in (torch.uint32, torch.int32) and has.keys() & {"scales", "biases"}:
+            return self._affine(base, shape, which)
+        if spec.dtype in EIGHT_BITS and not has.keys() & (SCALES - {"weight_scale"}):
+            return self._scaled(base, shape, which)
         return None
 
     def fused(self, name: str, shape: Shape, index: int) -> Matrix | None:
@@ -73,148 +100,154 @@ class Recognition:
         """
         if name not in self.shards:
             return None
-        d_in, d_out = shape[1:]
-        dtype, own = self.shards.spec(name).dtype, (d_out, d_in)
-        scale = next((name + end for end in ("_weight_scale", "_scale") if name + end in self.shards), None)
-        if dtype in PLAIN_DTYPES and scale is None:
-            return self._made({"weight": (name, (d_in, d_out))}, Plain(), own, index, turned=True)
-        if dtype == torch.uint8 and scale and f"{name}_weight_scale_2" in self.shards:
+        count, d_in, d_out = shape
+        dtype, own, which = self.shards.spec(name).dtype, (d_out, d_in), Slice(index, count)
+        ends = [name + end for end in ("_weight_scale", "_scale") if name + end in self.shards]
+        scale, second = next(iter(ends), f"{name}_weight_scale"), f"{name}_weight_scale_2"
+        if dtype in PLAIN_DTYPES and not ends:
+            made = self._made({"weight": Wanted(name, (d_in, d_out))}, Plain(), own, which)
+        elif dtype == torch.uint8 and (ends or second in self.shards):
+            must_divide(self.shards, name, d_in, GROUP)
             parts = {
-                "weight_packed": (name, (d_in // 2, d_out)),
-                "weight_scale": (scale, (d_in // GROUP, d_out)),
-                "global_scale": (f"{name}_weight_scale_2", ()),
+                "weight_packed": Wanted(name, (d_in // 2, d_out), (torch.uint8,)),
+                "weight_scale": Wanted(scale, (d_in // GROUP, d_out), (torch.float8_e4m3fn,)),
+                "global_scale": Wanted(second, (), within=MULTIPLIES),
             }
-            return self._made(parts, Nvfp4(divides=False), own, index, turned=True)
-        if dtype in EIGHT_BITS and scale:
-            grain = "row" if math.prod(self.shards.spec(scale).shape) == shape[0] * d_out else "tensor"
+            made = self._made(parts, Nvfp4(divides=False), own, which)
+        elif dtype in EIGHT_BITS:
             # A row of the matrix is a column of the tensor; the scales of one projection are stored as a column.
-            each = self.shards.spec(scale).shape[1:] if grain == "row" else ()
-            parts = {"weight": (name, (d_in, d_out)), "weight_scale": (scale, each)}
-            return self._made(parts, Scaled(dtype, grain), own, index, turned=True)
-        return None
+            each = self._own_shape(scale, index)
+            by_row = each in ((d_out,), (1, d_out), (d_out, 1))
+            grains = self.declared.grains()[0]
+            if grains and "tensor" not in grains and not by_row:
+                each, by_row = (1, d_out), True
+            parts = {
+                "weight": Wanted(name, (d_in, d_out), (dtype,)),
+                "weight_scale": Wanted(scale, each * by_row, within=SCALES_BY),
+            }
+            made = self._made(parts, Scaled(dtype, "row" if by_row else "tensor"), own, which)
+            self.declared.refuse_eight_bits(self.shards.file(name), name, dtype)
+        else:
+            return None
+        return replace(made, turned=True)
 
-    def _lookup(self, has: dict[str, str], state: str, shape: tuple[int, int], index: int | None) -> Matrix:
-        file = self.shards.file(has[state])
+    def _lookup(self, base: str, state: str, shape: tuple[int, int], which: Slice) -> Matrix:
+        file, spec = self.shards.file(state), self.shards.spec(state)
+        if spec.dtype != torch.uint8 or len(spec.shape) != 1 or spec.nbytes > LARGEST_STATE:
+            raise ValueError(
+                f"{file}: {state} is stored as {spec.dtype} {list(spec.shape)}; it is JSON in uint8 of at most "
+                f"{LARGEST_STATE:,} bytes."
+            )
         try:
-            scheme, stored = Lookup.of(self.shards[has[state]])
+            scheme, stored = Lookup.of(self.shards[state])
+            if scheme.kind != state.removeprefix(f"{base}.{STATE}"):
+                raise ValueError(f"its quant_state says {scheme.kind}, its name another kind")
         except ValueError as error:
-            raise ValueError(f"{file}: {has['weight']} cannot be read: {error}.") from error
+            raise ValueError(
+                f"{file}: {base}.weight cannot be read: {str(error).rstrip('.')}.\nIts state is {state}."
+            ) from error
         if stored != shape:
-            raise ValueError(f"{file}: {has['weight']} holds a matrix {list(stored)}; by config.json it is {shape}.")
+            raise ValueError(
+                f"{file}: {base}.weight holds a matrix {list(stored)}; by config.json it is {list(shape)}.\n"
+                f"Its state is {state}."
+            )
         values = shape[0] * shape[1]
         blocks = math.ceil(values / scheme.block)
-        wanted = {"weight": (math.ceil(values / 2), 1), "absmax": (blocks,), "quant_map": (16,)}
-        if scheme.nested:
-            wanted |= {"nested_absmax": (math.ceil(blocks / scheme.nested),), "nested_quant_map": (256,)}
-        names = {role: has.get(role if role == "weight" else f"weight.{role}", f"weight.{role}") for role in wanted}
-        parts: dict[str, tuple[str, Shape]] = {role: (names[role], wanted[role]) for role in wanted}
-        parts["quant_state"] = has[state], self.shards.spec(has[state]).shape
-        return self._made(parts, scheme, shape, index)
-
-    def _integers(self, has: dict[str, str], shape: tuple[int, int], index: int | None) -> Matrix:
-        words = self._own_shape(has["weight_packed"], index)[-1]
-        bits = 8 if words == math.ceil(shape[1] / 4) else 4
-        groups = self._own_shape(has["weight_scale"], index)[-1] if "weight_scale" in has else 1
-        if shape[1] % max(groups, 1):
-            raise ValueError(
-                f"{self.shards.file(has['weight_scale'])}: {has['weight_scale']} has {groups} groups for {shape[1]} "
-                "columns, which do not divide."
-            )
-        parts: dict[str, tuple[str, Shape]] = {
-            "weight_packed": (has["weight_packed"], (shape[0], math.ceil(shape[1] * bits / 32))),
-            "weight_scale": (has.get("weight_scale", "weight_scale"), (shape[0], groups)),
-        }
-        if "weight_shape" in has and (said := tuple(self.shards[has["weight_shape"]].tolist())) != shape:
-            file = self.shards.file(has["weight_shape"])
-            raise ValueError(f"{file}: {has['weight_shape']} says {list(said)}; by config.json it is {list(shape)}.")
-        if "weight_shape" in has:
-            parts["weight_shape"] = has["weight_shape"], (2,)
-        if "weight_zero_point" in has:
-            parts["weight_zero_point"] = has["weight_zero_point"], (math.ceil(shape[0] * bits / 32), groups)
-        if "weight_g_idx" in has:
-            parts["weight_g_idx"] = has["weight_g_idx"], (shape[1],)
-        return self._made(parts, PackedIntegers(bits, shape[1] // groups), shape, index)
-
-    def _affine(self, has: dict[str, str], shape: tuple[int, int], index: int | None) -> Matrix | None:
-        bits = 32 * self._own_shape(has["weight"], index)[-1] / shape[1]
-        groups = self._own_shape(has["scales"], index)[-1]
-        if bits not in (2, 4, 8) or shape[1] % groups:
-            return None
-        scales = (shape[0], groups)
-        parts = {"weight": (has["weight"], (shape[0], round(shape[1] * bits / 32)))}
-        parts |= {"scales": (has["scales"], scales), "biases": (has["biases"], scales)}
-        return self._made(parts, AffineIntegers(round(bits), shape[1] // groups), shape, index)
-
-    def _fp4(self, has: dict[str, str], shape: tuple[int, int], index: int | None, divides: bool = True) -> Matrix:
-        whole = has.get("weight_global_scale", "weight_global_scale")
-        own: Shape = self._own_shape(whole, index) if whole in self.shards else ()
         parts = {
-            "weight_packed": (has["weight_packed"], (shape[0], shape[1] // 2)),
-            "weight_scale": (has.get("weight_scale", "weight_scale"), (shape[0], shape[1] // GROUP)),
-            "global_scale": (whole, own if own == (1,) else ()),
+            "weight": Wanted(f"{base}.weight", (math.ceil(values / 2), 1), (torch.uint8,)),
+            "absmax": Wanted(f"{base}.weight.absmax", (blocks,), within=SCALES_BY),
+            "quant_map": Wanted(f"{base}.weight.quant_map", (16,), within=SCALES_BY),
+            "quant_state": Wanted(state, spec.shape, (torch.uint8,)),
         }
-        return self._made(parts, Nvfp4(divides), shape, index)
+        if scheme.nested:
+            own = (math.ceil(blocks / scheme.nested),)
+            parts["absmax"] = Wanted(f"{base}.weight.absmax", (blocks,), (torch.uint8,))
+            parts["nested_absmax"] = Wanted(f"{base}.weight.nested_absmax", own, within=SCALES_BY)
+            parts["nested_quant_map"] = Wanted(f"{base}.weight.nested_quant_map", (256,), within=SCALES_BY)
+        return self._made(parts, scheme, shape, which)
 
-    def _scaled(self, weight: str, scale: str, shape: tuple[int, int], index: int | None) -> Matrix:
-        dtype, own = self.shards.spec(weight).dtype, self._own_shape(scale, index)
-        if math.prod(own) == 1:
-            scheme = Scaled(dtype, "tensor")
-        elif own in ((shape[0],), (shape[0], 1)):
-            scheme = Scaled(dtype, "row")
-        else:
-            # Blocks are those in use, or else such as divide the matrix evenly; any other shape is refused below.
-            sides = [
-                BLOCK if math.ceil(side / BLOCK) == count else side // max(count, 1)
-                for side, count in zip(shape, own, strict=False)
-            ]
-            rows, columns = [*sides, 1, 1][:2]
-            scheme = Scaled(dtype, "block", (max(rows, 1), max(columns, 1)))
-            own = (math.ceil(shape[0] / scheme.block[0]), math.ceil(shape[1] / scheme.block[1]))
-        return self._made({"weight": (weight, shape), "weight_scale": (scale, own)}, scheme, shape, index)
+    def _integers(self, base: str, shape: tuple[int, int], which: Slice) -> Matrix:
+        packed, scale, zero = f"{base}.weight_packed", f"{base}.weight_scale", f"{base}.weight_zero_point"
+        bits = 8 if self._last(packed, which) == math.ceil(shape[1] / 4) else 4
+        groups = self._last(scale, which) if scale in self.shards else 1
+        size = columns_of(self.shards, scale, groups, shape[1])
+        parts = {
+            "weight_packed": Wanted(packed, (shape[0], math.ceil(shape[1] * bits / 32)), (torch.int32,)),
+            "weight_scale": Wanted(scale, (shape[0], groups), within=SCALES_BY),
+        }
+        said, order = f"{base}.weight_shape", f"{base}.weight_g_idx"
+        if said in self.shards:
+            parts["weight_shape"] = Wanted(said, (2,), WHOLE)
+        if zero in self.shards:
+            parts["weight_zero_point"] = Wanted(zero, (math.ceil(shape[0] * bits / 32), groups), (torch.int32,))
+        if order in self.shards:
+            parts["weight_g_idx"] = Wanted(order, (shape[1],), WHOLE, within=(0, groups - 1))
+        if scale in self.shards:
+            self.declared.refuse_integers(self.shards.file(scale), f"{packed} with {scale}", bits, size, shape[1])
+        made = self._made(parts, PackedIntegers(bits, size), shape, which)
+        if zero not in self.shards:
+            self.declared.refuse_symmetric(self.shards.file(packed), packed, bits)
+        if said in self.shards and tuple(self.shards[said].tolist()) != shape:
+            found = self.shards[said].tolist()
+            raise ValueError(f"{self.shards.file(said)}: {said} says {found}; by config.json it is {list(shape)}.")
+        return made
+
+    def _affine(self, base: str, shape: tuple[int, int], which: Slice) -> Matrix:
+        weight, scales = f"{base}.weight", f"{base}.scales"
+        words = self._last(weight, which)
+        bits = next((bits for bits in (2, 4, 8) if words == shape[1] * bits / 32), None)
+        if bits is None:
+            raise ValueError(
+                f"{self.shards.file(weight)}: {weight} has rows of {words} words for {shape[1]} columns, which is not "
+                "2, 4 or 8 bits a value."
+            )
+        groups = self._last(scales, which) if scales in self.shards else 1
+        size = columns_of(self.shards, scales, groups, shape[1])
+        parts = {"weight": Wanted(weight, (shape[0], words), (torch.uint32, torch.int32))}
+        parts |= {role: Wanted(f"{base}.{role}", (shape[0], groups), within=SCALES_BY) for role in ("scales", "biases")}
+        if scales in self.shards:
+            self.declared.refuse_integers(self.shards.file(scales), f"{weight} with {scales}", bits, size, shape[1])
+        return self._made(parts, AffineIntegers(bits, size), shape, which)
+
+    def _fp4(self, base: str, shape: tuple[int, int], which: Slice, divides: bool = True) -> Matrix:
+        weight, whole = ("weight_packed", "weight_global_scale") if divides else ("weight", "weight_scale_2")
+        must_divide(self.shards, f"{base}.{weight}", shape[1], GROUP)
+        own = self._own_shape(f"{base}.{whole}", which.index)
+        parts = {
+            "weight_packed": Wanted(f"{base}.{weight}", (shape[0], shape[1] // 2), (torch.uint8,)),
+            "weight_scale": Wanted(f"{base}.weight_scale", (shape[0], shape[1] // GROUP), (torch.float8_e4m3fn,)),
+            "global_scale": Wanted(
+                f"{base}.{whole}", own if own == (1,) else (), within=DIVIDES if divides else MULTIPLIES
+            ),
+        }
+        return self._made(parts, Nvfp4(divides), shape, which)
+
+    def _scaled(self, base: str, shape: tuple[int, int], which: Slice) -> Matrix:
+        weight, scale = f"{base}.weight", f"{base}.weight_scale"
+        dtype, own = self.shards.spec(weight).dtype, self._own_shape(scale, which.index)
+        grains, blocks = self.declared.grains()
+        fitting = [
+            (Scaled(dtype, "tensor"), own if own in ((1,), (1, 1)) else ()),
+            (Scaled(dtype, "row"), own if own == (shape[0],) else (shape[0], 1)),
+            *(
+                (Scaled(dtype, "block", block), (math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])))
+                for block in sorted(blocks or {BLOCK})
+            ),
+        ]
+        allowed = [(scheme, each) for scheme, each in fitting if not grains or scheme.grain in grains] or fitting
+        # Where none fits, the last is the one to compare with.
+        scheme, each = next((pair for pair in allowed if pair[1] == own), allowed[-1])
+        parts = {"weight": Wanted(weight, shape, (dtype,)), "weight_scale": Wanted(scale, each, within=SCALES_BY)}
+        made = self._made(parts, scheme, shape, which)
+        self.declared.refuse_eight_bits(self.shards.file(weight), weight, dtype)
+        return made
 
     def _own_shape(self, name: str, index: int | None) -> Shape:
-        shape = self.shards.spec(name).shape
+        shape = self.shards.spec(name).shape if name in self.shards else ()
         return shape if index is None else shape[1:]
 
-    def _made(
-        self,
-        parts: dict[str, tuple[str, Shape]],
-        scheme: Scheme,
-        shape: tuple[int, int],
-        index: int | None,
-        turned: bool = False,
-    ) -> Matrix:
-        """Checks that every part is there in its shape. A number for the whole tensor has no axis of experts."""
-        found: dict[str, Part] = {}
-        for role, (name, wanted) in parts.items():
-            if name not in self.shards:
-                beside = next(name for name, _ in parts.values() if name in self.shards)
-                raise ValueError(
-                    f"{self.shards.file(beside)}: {beside} is stored without its {name}; it cannot be read."
-                )
-            stored = self.shards.spec(name).shape
-            single = len(stored) == len(wanted)
-            if (stored if single else stored[1:]) != wanted or (not single and index is None):
-                raise ValueError(
-                    f"{self.shards.file(name)}: {name} has shape {list(stored)}; for a matrix {list(shape)} in "
-                    f"{scheme.name} it is {list(wanted)}" + (" for each expert." if index is not None else ".")
-                )
-            found[role] = Part(name, None if single else index)
-        return Matrix(found, scheme, shape, turned)
+    def _last(self, name: str, which: Slice) -> int:
+        return (0, *self._own_shape(name, which.index))[-1]
 
-
-SCALES = {"weight_scale", "weight_scale_2", "scales", "biases", "weight_scale_inv"}
-SUFFIXES = (
-    *("weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point"),
-    *(
-        "weight_shape",
-        "weight_g_idx",
-        "scales",
-        "biases",
-        f"{STATE}nf4",
-        f"{STATE}fp4",
-        "weight.absmax",
-        "weight.quant_map",
-    ),
-    *("weight.nested_absmax", "weight.nested_quant_map"),
-)
+    def _made(self, parts: dict[str, Wanted], scheme: Scheme, shape: tuple[int, int], which: Slice) -> Matrix:
+        return assembled(self.shards, parts, scheme, shape, which)

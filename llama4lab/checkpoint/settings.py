@@ -6,6 +6,7 @@ a value that contradicts another.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from llama4lab.checkpoint.spelling import near_misses
 from llama4lab.checkpoint.strict_json import read_json
 
 FILE = "config.json"
+# What transformers' classes raise for values that cannot be.
+REFUSED = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError)
 
 # Keys that transformers itself turns into other ones.
 LEGACY = {"torch_dtype", "rope_theta", "rope_scaling", "num_labels", "attn_implementation", "output_attentions"}
@@ -67,6 +70,11 @@ def read_config(folder: Path) -> Llama4Config | Llama4TextConfig:
         text = _build(Llama4TextConfig, document, file, section="")
         check_text(text, file, section="")
         return text
+    if "vision_config" not in document:  # MLX writes the text model of a multimodal one so
+        _check_keys(Llama4Config, document, file, section="")
+        text = _build(Llama4TextConfig, document.get("text_config"), file, section="text_config.")
+        check_text(text, file, section="text_config.")
+        return text
     text, vision = (document.get(f"{part}_config") for part in ("text", "vision"))
     config = _build(
         Llama4Config,
@@ -82,6 +90,19 @@ def read_config(folder: Path) -> Llama4Config | Llama4TextConfig:
     return config
 
 
+def built(kind: type[PreTrainedConfig], settings: Mapping[str, Any], file: Path) -> Any:
+    """Gives a config from settings that a file of another format states.
+
+    Raises:
+        ValueError: if a value is impossible.
+    """
+    try:
+        check_raw_sizes(dict(settings), file, "")
+        return kind(**settings)
+    except REFUSED as error:
+        raise ValueError(f"{file} describes no valid model: {' '.join(str(error).split())}") from error
+
+
 def _build(kind: type[PreTrainedConfig], document: Any, file: Path, *, section: str) -> Any:
     """Gives a config of that class after checking every key."""
     if not isinstance(document, dict):
@@ -95,7 +116,7 @@ def _build(kind: type[PreTrainedConfig], document: Any, file: Path, *, section: 
     try:
         settings = _in_the_types_of(kind, document)
         return kind(**{key: value for key, value in settings.items() if key not in left_out})
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+    except REFUSED as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{file}: {section.rstrip('.') or 'the config'} is not valid: {message}") from error
 

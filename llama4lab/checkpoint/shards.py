@@ -11,7 +11,7 @@ from torch import Tensor
 from llama4lab.checkpoint.header import read_header
 from llama4lab.checkpoint.spelling import listed, near_misses
 from llama4lab.checkpoint.strict_json import read_json
-from llama4lab.checkpoint.tensor_files import Spec, TensorFiles, no_tensor, read_slice
+from llama4lab.checkpoint.tensor_files import Spec, TensorFiles, no_tensor, read_extremes, read_slice
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -66,6 +66,9 @@ class Shards(TensorFiles):
     def read(self, name: str, index: int | None = None) -> Shaped[Tensor, "..."]:
         return read_slice(self.spec(name), self.file(name), name, index)
 
+    def extremes(self, name: str) -> tuple[Shaped[Tensor, ""], Shaped[Tensor, ""]]:
+        return read_extremes(self.spec(name), self.file(name))
+
     def __contains__(self, name: object) -> bool:
         return name in self._file
 
@@ -94,7 +97,7 @@ class Shards(TensorFiles):
 def _shard_files(folder: Path) -> list[Path]:
     """Gives the files that make up the checkpoint, in the order of their names."""
     index, single = folder / INDEX, folder / SINGLE
-    if index.is_file() and single.is_file():
+    if index.is_file() and single.is_file() and set(_weight_map(index).values()) != {SINGLE}:
         raise ValueError(f"{folder} holds both {SINGLE} and {INDEX}; remove the one that does not belong.")
     if index.is_file():
         names = sorted(set(_weight_map(index).values()))

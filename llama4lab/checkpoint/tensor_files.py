@@ -1,5 +1,6 @@
 """`TensorFiles`: what every kind of weight file offers, whatever its format."""
 
+import mmap
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from llama4lab.checkpoint.schemes.scheme import Scheme
 from llama4lab.checkpoint.spelling import near_misses
+
+PIECE = 2**22
+OWN_PAGES = 2**20  # bytes from which on a tensor has pages of its own
 
 
 class Spec(NamedTuple):
@@ -62,6 +66,18 @@ class TensorFiles(Mapping[str, Tensor]):
             OSError: if the file has become shorter, or cannot be read any more.
         """
 
+    def extremes(self, name: str) -> tuple[Shaped[Tensor, ""], Shaped[Tensor, ""]]:
+        """Gives the smallest and the largest value of a tensor; both are NaN if one value is."""
+        return torch.aminmax(self[name])
+
+    def own_name(self, name: str) -> str:
+        """Gives the name that the file itself has for a tensor."""
+        return name
+
+    def place(self, name: str) -> str:
+        """Gives file and name of a tensor, for messages."""
+        return f"{self.file(name)}: {self.own_name(name)}"
+
     def nbytes(self, name: str, index: int | None = None) -> int:
         """Gives how many bytes a tensor, or one slice along its first axis, takes in its file."""
         spec = self.spec(name)
@@ -79,7 +95,9 @@ def read_slice(spec: Spec, file: Path, name: str, index: int | None = None) -> S
     if index is not None and not 0 <= index < spec.shape[0]:
         raise IndexError(f"{file}: slice {index} of {name} was asked for; it has {spec.shape[0]}.")
     size = spec.nbytes if index is None else spec.nbytes // spec.shape[0]
-    values, start = bytearray(size), spec.start + (index or 0) * size
+    # Pages of their own go back to the system with the tensor; those of a heap may stay.
+    values = bytearray(size) if size < OWN_PAGES else mmap.mmap(-1, size)
+    start = spec.start + (index or 0) * size
     with file.open("rb", buffering=0) as opened:
         opened.seek(start)
         done = 0
@@ -89,6 +107,20 @@ def read_slice(spec: Spec, file: Path, name: str, index: int | None = None) -> S
                 raise OSError(f"{file} ends before {name} does; it has changed since it was opened.")
             done += count
     return torch.frombuffer(values, dtype=spec.dtype).view(shape) if size else torch.empty(shape, dtype=spec.dtype)
+
+
+def read_extremes(spec: Spec, file: Path) -> tuple[Shaped[Tensor, ""], Shaped[Tensor, ""]]:
+    """Gives the smallest and the largest value of a tensor, piece by piece: a view would leave all of it in memory."""
+    buffer, left, found = memoryview(bytearray(PIECE)), spec.nbytes, list[Tensor]()
+    with file.open("rb", buffering=0) as opened:
+        opened.seek(spec.start)
+        while left:
+            part = buffer[: min(PIECE, left)]
+            if opened.readinto(part) != len(part):
+                raise OSError(f"{file} is shorter than its header says; it has changed since it was opened.")
+            found.extend(torch.aminmax(torch.frombuffer(part, dtype=spec.dtype)))
+            left -= len(part)
+    return torch.aminmax(torch.stack(found))
 
 
 def no_tensor(folder: Path, name: str, names: Iterable[str]) -> KeyError:

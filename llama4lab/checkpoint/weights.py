@@ -48,7 +48,8 @@ class Weights:
                 self._packed[name] = found
                 self._stored[name] = {}
         read = self._read_names()
-        refuse_unread(shards, read)
+        # A file that says of each tensor how it is packed has no scales that could be missed.
+        refuse_unread(shards, read | {name for name in shards if shards.spec(name).scheme is not None})
         self._check_names(read)
         self._check_shapes()
 
@@ -140,7 +141,7 @@ class Weights:
     def _matrix(self, name: str, base: str, inner: tuple[int, int], index: int | None, shape: Shape) -> Matrix | None:
         if is_bank(name, shape) and self.layout.experts == "fused":
             return self._recognition.fused(base, shape, index or 0)
-        return self._recognition.linear(base, inner, index)
+        return self._recognition.linear(base, inner, index, None if index is None else shape[0])
 
     def _read_names(self) -> set[str]:
         plain = (name for name in self._stored if name not in self._packed)
@@ -164,13 +165,14 @@ class Weights:
         tensor = source.to(device=device, dtype=dtype or source.dtype)
         if tensor.numel() == 0:
             return tensor
-        lowest, highest = torch.aminmax(tensor)  # a NaN shows in both; no temporary copy, unlike isfinite
+        # A NaN shows in both; there is no temporary copy, unlike with isfinite.
+        lowest, highest = self.shards.extremes(on_disk) if tensor is source else torch.aminmax(tensor)
         if not (lowest.isfinite() and highest.isfinite()):
-            file = self.shards.file(on_disk)
+            place = self.shards.place(on_disk)
             if source.isfinite().all():
-                raise ValueError(f"{file}: {on_disk} holds values too large for {dtype}; load it in another dtype.")
+                raise ValueError(f"{place} holds values too large for {dtype}; load it in another dtype.")
             bad = int(source.numel() - source.isfinite().sum())
-            raise ValueError(f"{file}: {on_disk} holds {bad:,} values that are NaN or infinite; the file is damaged.")
+            raise ValueError(f"{place} holds {bad:,} values that are NaN or infinite; the file is damaged.")
         return tensor
 
     def _joined(
@@ -222,7 +224,7 @@ class Weights:
                 if found != shape:
                     turned = sorted(found) == sorted(shape) and len(shape) > 1
                     raise ValueError(
-                        f"{self.shards.file(name)}: {name} has shape {list(found)}; "
+                        f"{self.shards.place(name)} has shape {list(found)}; "
                         f"by config.json it is {list(shape)}."
                         + ("\nIts axes seem to be in another order." if turned else "")
                     )

@@ -106,7 +106,10 @@ IN_ONE_FILE: dict[str, tuple[Damage, str]] = {
     "zip bomb under our name": (written(archive()), f"{WEIGHTS} is not a safetensors file: .* pickle"),
     "GGUF under our name": (written(b"GGUF" + bytes(64)), f"{WEIGHTS} is not a safetensors file: .* GGUF"),
     "Git LFS pointer": (written(b"version https://git-lfs.github.com/spec/v1\n"), r"Git LFS pointer"),
-    "both kinds of weights": (written(b"{}", INDEX), f"holds both {WEIGHTS} and {INDEX}"),
+    "both kinds of weights": (
+        written(b'{"weight_map": {"a": "b.safetensors"}}', INDEX),
+        f"holds both {WEIGHTS} and {INDEX}",
+    ),
     "missing tensor": (with_tensors(lambda tensors: tensors.pop(NORM)), rf"lacks 1 tensors .*: {NORM}"),
     "misspelt tensor": (renamed(NORM, "model.nrom.weight"), rf"lacks 1 .*{NORM}.*\n.*no use for: model\.nrom\.weight"),
     "extra tensor": (

@@ -122,6 +122,17 @@ def test_published_configs_are_read(tmp_path, published):
     assert rope.get("factor") == (16.0 if published is SCOUT else None)
 
 
+def test_a_config_without_vision_is_that_of_its_text_model(tmp_path):
+    document = {key: value for key, value in WHOLE.items() if key != "vision_config"} | {"text_config": TEXT | SCOUT}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    config = read_config(tmp_path)
+    assert isinstance(config, Llama4TextConfig)
+    assert config.num_local_experts == 16
+    (tmp_path / "config.json").write_text(json.dumps(document | {"image_token": 1}))
+    with pytest.raises(ValueError, match="image_token"):
+        read_config(tmp_path)
+
+
 def test_the_scaling_of_early_scout_conversions_is_used_with_a_warning(tmp_path):
     text = TEXT | SCOUT | {"rope_scaling": LLAMA3 | {"factor": 8.0, "high_freq_factor": 4.0}}
     with pytest.warns(UserWarning, match="rope_scaling is 8 / 4 .* with 16 experts"):

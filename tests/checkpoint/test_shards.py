@@ -115,3 +115,17 @@ def test_shards_in_a_folder_below_are_read(sharded):
     document["weight_map"] = {name: f"weights/{shard}" for name, shard in document["weight_map"].items()}
     index.write_text(json.dumps(document))
     assert "model.norm.weight" in Shards(sharded)
+
+
+def test_an_index_beside_a_single_file_may_name_that_file_only(checkpoint):
+    """MLX writes one beside every file."""
+    names = dict.fromkeys(Shards(checkpoint), "model.safetensors")
+    index = checkpoint / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    assert set(Shards(checkpoint)) == set(names)
+    index.write_text(json.dumps({"weight_map": names | {"lm_head.weight": "other.safetensors"}}))
+    with pytest.raises(ValueError, match="holds both"):
+        Shards(checkpoint)
+    index.write_text(json.dumps({"weight_map": names | {"other": "model.safetensors"}}))
+    with pytest.raises(ValueError, match=r"places other in model\.safetensors, which does not hold it"):
+        Shards(checkpoint)

@@ -12,8 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama4lab.model.pretrained import HookedPreTrainedModel
-
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 MLPS = re.compile(r"layers\.\d+\.feed_forward\.((shared_expert|experts\.\d+)\.)?(gate|up|down)_proj$")
 TEXT_LINEARS = re.compile(r"layers\.\d+\.(self_attn|feed_forward\.(?!router))")
@@ -230,7 +228,7 @@ WRITERS: dict[str, tuple[dict[str, Any], Callable[[Tensors], Tensors]]] = {
     "modelopt fp8": (MODELOPT, _whole(modelopt_fp8, False)),
     "modelopt nvfp4": (MODELOPT, _whole(modelopt_nvfp4, True)),
     "fbgemm": ({"quant_method": "fbgemm_fp8"}, lambda state: fused(state, fp8_rows, _fbgemm_bank, TEXT_LINEARS)),
-    "mlx": ({"group_size": 64, "bits": 4}, _stacked),
+    "mlx": ({"group_size": 64, "bits": 4, "mode": "affine"}, _stacked),
 }
 MATRICES: dict[str, Callable[[], Write]] = {
     "int4": lambda: compressed_tensors("W4A16", "pack-quantized"),
@@ -264,24 +262,37 @@ def format(request) -> str:
 
 
 @pytest.fixture(scope="session")
-def saved_as(tmp_path_factory, new_text_model, new_model) -> Callable[[str], Path]:
-    """A checkpoint in a format of `WRITERS`, with random weights; "mlx" has no vision."""
+def saved_as(tmp_path_factory, new_model) -> Callable[[str], Path]:
+    """A checkpoint in a format of `WRITERS`, with random weights; "mlx" has no vision, though its model had."""
     made: dict[str, Path] = {}
 
     def save(format: str) -> Path:
         if format in made:
             return made[format]
         settings, write = WRITERS[format]
-        model: HookedPreTrainedModel = (new_text_model if format == "mlx" else new_model)(**SIZES)
+        model = new_model(**SIZES)
         folder = tmp_path_factory.mktemp("format")
         model.bfloat16().save_pretrained(folder)
         state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
         save_file({n: t.contiguous().clone() for n, t in write(state).items()}, folder / "model.safetensors")
         document = json.loads((folder / "config.json").read_text())
         if settings:
-            document["quantization" if format == "mlx" else "quantization_config"] = settings
+            document["quantization_config"] = settings
+        if format == "mlx":  # it leaves out the settings of what it leaves out
+            document["quantization"] = document["quantization_config"]
+            del document["vision_config"]
         (folder / "config.json").write_text(json.dumps(document))
         made[format] = folder
         return folder
 
     return save
+
+
+@pytest.fixture(params=["fused", "unfused"])
+def plain(request, new_model, saved_as, tmp_path):
+    """A checkpoint of numbers, with sizes that groups of 128 divide."""
+    if request.param == "unfused":
+        return saved_as("plain, unfused")
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "intermediate_size_mlp": 256}
+    new_model(dtype=torch.bfloat16, **sizes).save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"

@@ -79,16 +79,6 @@ def test_weights_stay_packed_and_can_be_read(saved_as, format, image_batch, rand
             experts.down_proj[4]
 
 
-def test_a_checkpoint_that_was_saved_again_is_dense_and_the_same(saved_as, format, tmp_path, image_batch, random_ids):
-    model = lab.load(saved_as(format))
-    model.save_pretrained(tmp_path)
-    again = lab.load(tmp_path)
-    batch = batch_for(model, image_batch, random_ids)
-    with torch.no_grad():
-        torch.testing.assert_close(again(**batch).logits, model(**batch).logits, rtol=0, atol=1e-5)
-    assert not [module for module in again.modules() if isinstance(module, PackedLinear)]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_model_can_be_moved_to_another_dtype(saved_as, dtype, image_batch):
     model = lab.load(saved_as("int4")).to(dtype)

@@ -35,7 +35,7 @@ def encoded(values: Float[Tensor, "d_out d_in"], method: str) -> tuple[dict[str,
     if method not in get_args(Method):
         raise ValueError(f"quantize={method!r} is not a method; choose from {', '.join(get_args(Method))}.")
     rows, columns = values.shape
-    wide = values.float()
+    wide = values.float().contiguous()
     if method == "fp8":
         scale = _scale(wide, LARGEST_FP8)
         parts = {"weight": (wide / scale.float()).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn)}
