@@ -21,9 +21,10 @@ from llama4lab.checkpoint.schemes.encoding import Method
 from llama4lab.checkpoint.strict_json import read_json
 from llama4lab.checkpoint.weights import Weights
 from llama4lab.model.expert_store import ExpertStore
-from llama4lab.model.filling import Filling
+from llama4lab.model.experts import Experts
+from llama4lab.model.filling import Filling, held_nbytes
 from llama4lab.model.llama4 import HookedLlama4, HookedLlama4ForCausalLM
-from llama4lab.model.placement import Device, budgets_of, devices_of, placed, spread
+from llama4lab.model.placement import Device, budgets_of, devices_of, on_disk, part_of, placed, spread
 
 HookedModel = HookedLlama4 | HookedLlama4ForCausalLM
 
@@ -42,20 +43,23 @@ def load(
     """Gives the model of a checkpoint, ready to run: `HookedLlama4`, or `HookedLlama4ForCausalLM` if it is text only.
 
     Args:
-        name: `"tiny"`, the trained checkpoint that comes with the package; a folder; or an id on the Hugging Face hub,
-            `"owner/name"` or, at a branch, tag or commit, `"owner/name@revision"`. With `HF_HUB_OFFLINE=1` only what
-            is in the cache of the hub already is used.
-        device_map: One device for the whole model (None is the CPU); `"auto"` to spread it over the GPUs there are, and
-            the CPU for what does not fit; or a dict from the names of modules to devices.
+        name: `"tiny"`, the trained checkpoint that comes with the package; a folder; a GGUF file; or an id on the
+            Hugging Face hub, `"owner/name"` or `"owner/name/file.gguf"`, and `"@revision"` behind it for a branch, tag
+            or commit. With `HF_HUB_OFFLINE=1` only what is in the cache of the hub already is used.
+        device_map: One device for the whole model (None is the CPU); `"auto"` to spread it over the GPUs there are,
+            the CPU for what does not fit, and, with `memory`, the disk for the rest, experts first; or a dict from the
+            names of modules to devices. Matrices of modules on `"disk"` stay in their files, are read when they are
+            used (of embeddings the rows), and are kept as `memory` allows.
         dtype: The dtype to compute in; `"auto"` is the one the weights are stored in. None is float32 when the whole
             model is on the CPU, where bfloat16 is slow, and the stored one otherwise.
         experts: `"resident"` to have all routed experts in memory, or `"offload"` to leave them in their files: those
             that tokens are routed to are read, and the last ones kept (`model.store` tells what it did).
-        memory: How much each device may take, for example `{"cuda:0": "70GiB", "cpu": "100GiB"}`: for the whole model
-            with `device_map="auto"`, for the experts that are kept with `experts="offload"` (by default half of the
-            RAM that is free).
+        memory: How much each device may take, for example `{"cuda:0": "70GiB", "cpu": "100GiB"}`: with
+            `device_map="auto"` for the whole model, otherwise for what is kept of the weights that wait on disk (by
+            default half of the RAM that is free).
         quantize: `"int8"`, `"int4"` or `"fp8"` rounds the experts and the dense MLPs of a checkpoint of plain numbers
-            while it is loaded, one matrix after the other. Weights only: activations are computed in `dtype`.
+            while it is loaded, or, what waits on disk, when it is read: one matrix after the other. Weights only:
+            activations are computed in `dtype`.
 
     Raises:
         FileNotFoundError: if the checkpoint, or a file of it, is not there.
@@ -69,20 +73,26 @@ def load(
     parameters, tied = _parameters(model)
     weights = opened(folder, model)
     _check_choices(experts, quantize, weights)
-    devices = devices_of(device_map)
-    chosen = _dtype(dtype, weights, model.config, on_cpu=set(devices.values()) == {torch.device("cpu")})
-    if device_map == "auto" and torch.cuda.is_available():
-        devices = spread(model, chosen, None if memory is None else budgets_of(memory))
-    store = ExpertStore(weights.shards, budgets_of(memory)) if experts == "offload" else None
+    alone = set(devices_of(device_map).values()) == {torch.device("cpu")}
+    chosen = dtype_of(dtype, weights, model.config, on_cpu=alone)
+    limits, places, offload = None if memory is None else budgets_of(memory), device_map, experts == "offload"
+    if device_map == "auto" and (torch.cuda.is_available() or limits is not None):
+        places, offload = spread(model, chosen, limits, offload=offload)
+    devices = devices_of(places)
+    waiting = _waiting(model, devices, on_disk(places), offload)
+    store = ExpertStore(weights.shards, budgets_of(memory)) if waiting else None
 
-    Filling(weights, chosen, placed(devices, parameters), store, quantize).fill(model, tied)
+    Filling(weights, chosen, placed(devices, parameters), waiting, store, quantize).fill(model, tied)
     if tied:
         model.tie_weights()
     model.store = store
+    if store is not None and limits is not None and device_map == "auto":
+        store.leave_room(held_nbytes(model))
     _record(model, name, folder, chosen)
     if len(set(devices.values())) > 1:
         # Moves each module's inputs to its device; modules on the CPU lend their weights to the GPU while they run.
-        dispatch_model(model, dict(devices), skip_keys=list(model._skip_keys_device_placement or []))
+        lent = {key: value for key, value in _tensors(model) if value.device.type == "cpu"}
+        dispatch_model(model, dict(devices), state_dict=lent, skip_keys=list(model._skip_keys_device_placement or []))
     return model.eval()
 
 
@@ -118,11 +128,17 @@ def _check_choices(experts: str, quantize: str | None, weights: Weights) -> None
             f"quantize={quantize!r} was asked for, but {len(weights.packed)} tensors of {weights.shards.folder} are "
             f"quantized already, {weights.packed[0]} among them.\nLoad it without quantize."
         )
-    if quantize is not None and experts == "offload":
-        raise ValueError(
-            f"quantize={quantize!r} and experts='offload' were asked for together: what waits on disk stays as it is "
-            "stored.\nLeave one of them out."
-        )
+
+
+def _waiting(model: HookedModel, devices: Mapping[str, torch.device], parts: set[str], offload: bool) -> set[str]:
+    """Gives the parameters that wait on disk: those of parts that are placed there, and, if asked for, all experts."""
+    banks = [f"{path}." for path, module in model.named_modules() if offload and isinstance(module, Experts)]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return {name for name in names if part_of(name, devices) in parts or name.startswith(tuple(banks))}
+
+
+def _tensors(model: HookedModel) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _parameters(model: HookedModel) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
@@ -157,7 +173,7 @@ def _record(model: HookedModel, name: str | Path, folder: Path, dtype: torch.dty
     model.generation_config = _generation_config(folder) or model.generation_config
 
 
-def _dtype(
+def dtype_of(
     dtype: torch.dtype | str | None, weights: Weights, config: Llama4Config | Llama4TextConfig, *, on_cpu: bool
 ) -> torch.dtype:
     """Gives the dtype to compute in. Weights stored in several dtypes follow config.json, or else the commonest."""

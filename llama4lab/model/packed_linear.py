@@ -1,4 +1,4 @@
-"""A linear map whose weight stays packed."""
+"""A linear map whose weight stays packed, in memory or on disk."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from llama4lab.model.expert_bank import Held, Source, made_once
 from llama4lab.model.packed_matrix import PackedMatrix, product
 
 
@@ -14,15 +15,21 @@ class PackedLinear(nn.Module):
     """Stands in the place of an `nn.Linear`. Its `weight` is read like any other, and made whenever it is.
 
     Args:
-        packed: The weight.
+        packed: The weight, or where it comes from.
         bias: The bias, if there is one.
         dtype: To compute in.
     """
 
-    def __init__(self, packed: PackedMatrix, bias: nn.Parameter | None, dtype: torch.dtype):
+    def __init__(self, packed: PackedMatrix | Source, bias: nn.Parameter | None, dtype: torch.dtype):
         super().__init__()
-        self.packed, self.bias, self.dtype = packed, bias, dtype
-        self.out_features, self.in_features = packed.shape
+        self.source: Source = Held([packed]) if isinstance(packed, PackedMatrix) else packed
+        self.bias, self.dtype = bias, dtype
+        self.out_features, self.in_features = self.source.shape
+
+    @property
+    def packed(self) -> PackedMatrix:
+        """The weight as it is stored."""
+        return self.source.matrix(0)
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
@@ -30,15 +37,19 @@ class PackedLinear(nn.Module):
         return self.packed.dense(self.dtype)
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        dtype = x.dtype
-        y = product(x, lambda: self.packed.dense(dtype))
-        return y if self.bias is None else y + self.bias
+        dtype, device = x.dtype, x.device
+        self.source.expect([0])
+
+        def make() -> Tensor:
+            return self.packed.dense(dtype).to(device)
+
+        return product(x, made_once(make(), make), self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         # What is stored moves, and stays as it is; the dtype is that of what is made of it.
         super()._apply(fn, recurse)
-        like = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device))
-        self.packed, self.dtype = self.packed.to(like.device), like.dtype
+        like = fn(torch.empty(0, dtype=self.dtype, device=self.source.device))
+        self.source, self.dtype = self.source.to(like.device), like.dtype
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -46,4 +57,4 @@ class PackedLinear(nn.Module):
         destination[f"{prefix}weight"] = self.weight
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.packed.matrices[0].scheme.name}"
+        return f"{self.in_features}, {self.out_features}, {self.source.scheme}"

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from llama4lab.checkpoint.matrices import Matrix
+from llama4lab.checkpoint.matrices import Matrix, Part
+from llama4lab.checkpoint.schemes.encoding import encoded
 
 Tensors = Mapping[str, Tensor]
 
@@ -50,30 +51,56 @@ class PackedMatrix:
         return torch.cat(made) if len(made) > 1 else made[0]
 
 
+def quantized(
+    matrices: Sequence[Matrix], tensors: Sequence[Tensors], method: str, device: torch.device | None = None
+) -> PackedMatrix:
+    """Rounds matrices to fewer bits, one after the other.
+
+    Args:
+        matrices: What they are.
+        tensors: What each is stored in.
+        method: "int8", "int4" or "fp8".
+        device: Where to; None for where they are.
+    """
+    rounded: list[Matrix] = []
+    parts: list[Tensors] = []
+    for matrix, each in zip(matrices, tensors, strict=True):
+        made, scheme = encoded(matrix.dense(each, torch.float32).to(device), method)
+        base = matrix.parts["weight"].name.removesuffix(".weight")
+        rounded.append(Matrix({role: Part(f"{base}.{role}") for role in made}, scheme, matrix.shape))
+        parts.append(made)
+    return PackedMatrix(rounded, parts)
+
+
 class _Product(torch.autograd.Function):
-    """`x @ weight.T` that does not keep the weight for the way back: it is made again."""
+    """`x @ weight.T + bias` that does not keep the weight for the way back: it is made again."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Callable[[], Tensor]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return F.linear(x, weight())
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None
+    ) -> Tensor:
+        return F.linear(x, weight(), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.weight = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] @ ctx.weight(), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        own = gradients[0].reshape(-1, gradients[0].shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+        return gradients[0] @ ctx.weight(), None, own
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return F.linear(tangents[0], ctx.weight())
+        return F.linear(tangents[0], ctx.weight(), tangents[2])
 
 
 def product(
-    x: Float[Tensor, "*rows d_in"], weight: Callable[[], Float[Tensor, "d_out d_in"]]
+    x: Float[Tensor, "*rows d_in"],
+    weight: Callable[[], Float[Tensor, "d_out d_in"]],
+    bias: Float[Tensor, " d_out"] | None = None,
 ) -> Float[Tensor, "*rows d_out"]:
-    """Gives `x @ weight().T`; a gradient goes to `x` alone, and the weight is made anew for it."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Product.apply(x, weight)  # pyright: ignore[reportReturnType]
-    return F.linear(x, weight())
+    """Gives `x @ weight().T + bias`; a gradient goes to `x` and the bias, and the weight is made anew for it."""
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Product.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
+    return F.linear(x, weight(), bias)

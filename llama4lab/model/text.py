@@ -16,6 +16,7 @@ from llama4lab.model.moe import MixtureOfExperts
 from llama4lab.model.norm import RMSNorm
 from llama4lab.model.packed_layout import PackedLayout
 from llama4lab.model.rope import RotaryEmbedding
+from llama4lab.model.stored_embedding import StoredEmbedding
 from llama4lab.model.token_layout import TokenLayout
 
 
@@ -100,7 +101,8 @@ class TextModel(nn.Module):
             if low < 0 or high >= size:
                 wrong = low if low < 0 else high
                 raise ValueError(f"input_ids holds the id {wrong}; the vocabulary has ids 0 to {size - 1}.")
-        device = self.embed_tokens.weight.device
+        table = self.embed_tokens
+        device = table.device if isinstance(table, StoredEmbedding) else table.weight.device
         # Offloaded weights are on the meta device between passes; what brings them back moves the ids too.
         return self.embed(self.embed_tokens(input_ids if device.type == "meta" else input_ids.to(device)))
 

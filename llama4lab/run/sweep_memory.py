@@ -131,4 +131,5 @@ def waves(tokens: Int[np.ndarray, " cell"], most_tokens: int, most_cells: int) -
 
 def offloaded(model: nn.Module) -> bool:
     """Whether weights of the model wait elsewhere until they are used: in a store, or where accelerate keeps them."""
-    return getattr(model, "store", None) is not None or any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules())
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    return getattr(model, "store", None) is not None or any(getattr(hook, "offload", False) for hook in hooks)

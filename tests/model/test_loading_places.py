@@ -77,8 +77,6 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(saved):
         (99, r"'99' was asked for|is not a device|cannot hold a model"),
         ("gpu", r"'gpu' is not a device; write \"cpu\""),
         ("meta", r"'meta' cannot hold a model"),
-        ("disk", r"\"disk\" is not supported"),
-        ({"": "disk"}, r"\"disk\" is not supported"),
         ({"language_model": "cpu"}, r"places no part of the model that holds vision_model\."),
         ({"": "cpu", "langage_model": "cpu"}, r"names 'langage_model', which holds no weight; near: language_model"),
     ],

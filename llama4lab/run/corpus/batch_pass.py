@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llama4lab.model.pretrained import HookedPreTrainedModel
-from llama4lab.run.corpus.batches import Batch
+from llama4lab.run.corpus.batches import MOST_TILES, Batch
 from llama4lab.run.listening import listening, silent
 from llama4lab.run.unembedding import Unembedding
 
@@ -78,7 +80,7 @@ def routed_tokens(
     if unembedding is not None:
         listeners["final_norm"] = _keeper(seen, "final_norm", tokens)
     with listening(model, listeners) as fired:
-        model(**batch.inputs(model.device), use_cache=False, logits_to_keep=1)
+        model(**_inputs(model, batch), use_cache=False, logits_to_keep=1)
     silent(list(listeners), fired, images=batch.pixel_values is not None)
 
     def stacked(name: str) -> Shaped[Tensor, "layer token ..."]:
@@ -86,7 +88,7 @@ def routed_tokens(
 
     experts = stacked(ROUTER.format("{}", "indices")).long()
     margins, entropies = _sureness(stacked(ROUTER.format("{}", "logits")).float(), experts)
-    ids, row, place = (tokens(tensor.to(device)) for tensor in (batch.input_ids, *_numbers(mask)))
+    ids, row, place = (tokens(tensor.to(device)) for tensor in (batch.input_ids, *batch.numbers))
     gates = stacked(ROUTER.format("{}", "gates")).float()
     predicted = None if unembedding is None else _predicted(unembedding, seen["final_norm"]).to(device)
     writes = stacked("{} writes").float()
@@ -96,6 +98,16 @@ def routed_tokens(
 def counting_device(model: HookedPreTrainedModel) -> torch.device:
     """Where counts are kept: with the model, if 64-bit floats exist there."""
     return torch.device("cpu") if model.device.type == "mps" else model.device
+
+
+def _inputs(model: HookedPreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """The arguments of the model. Many images pass the vision tower one after the other, before the text."""
+    inputs: dict[str, Any] = batch.inputs(model.device)
+    vision = model.vision
+    if vision is not None and batch.pixel_values is not None and len(batch.pixel_values) > MOST_TILES:
+        encoded = torch.cat([vision(tiles) for tiles in inputs.pop("pixel_values").split(MOST_TILES)])
+        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(last_hidden_state=encoded)}
+    return inputs
 
 
 def _keeper(seen: dict[str, Tensor], name: str, tokens: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
@@ -126,12 +138,6 @@ def _sureness(
     others = logits.scatter(-1, experts, -torch.inf).amax(-1)
     margins = logits.gather(-1, experts).amin(-1) - others
     return margins, torch.special.entr(logits.softmax(-1)).sum(-1)
-
-
-def _numbers(mask: Tensor) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-    """The row of every place, and its number among the tokens of the row."""
-    row = torch.arange(len(mask))[:, None].expand(mask.shape)
-    return row, mask.long().cumsum(1) - 1
 
 
 def _predicted(unembedding: Unembedding, x: Float[Tensor, "token d_model"]) -> Int[Tensor, " token"]:

@@ -16,7 +16,7 @@ MOST_TILES = 16  # of the images of a batch
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The input of one pass, padded on the left.
+    """The input of one pass: rows padded on the left, or rows that are the documents of one row.
 
     Attributes:
         input_ids: Tokens.
@@ -24,6 +24,7 @@ class Batch:
         pixel_values: The tiles of all images in order; None without.
         labels: What each row counts for.
         items: How many items of the corpus have their first row here.
+        position_ids: Of documents: each begins at 0. None for padded rows.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -31,12 +32,23 @@ class Batch:
     pixel_values: Float[Tensor, "tile 3 side side"] | None
     labels: list[str]
     items: int
+    position_ids: Int[Tensor, "batch seq"] | None = None
+
+    @property
+    def numbers(self) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+        """The row of every place, and its number among the tokens of the row."""
+        if self.position_ids is not None:
+            return (self.position_ids == 0).long().cumsum(1) - 1, self.position_ids
+        row = torch.arange(len(self.attention_mask))[:, None].expand(self.attention_mask.shape)
+        return row, self.attention_mask.long().cumsum(1) - 1
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         """The arguments of the model."""
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         if self.pixel_values is not None:
             inputs["pixel_values"] = self.pixel_values
+        if self.position_ids is not None:
+            inputs["position_ids"] = self.position_ids
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
@@ -80,6 +92,19 @@ def bucketed(window: list[list[Row]], tokens: int) -> list[list[Row]]:
     return batches
 
 
+def packed_rows(window: list[list[Row]], tokens: int) -> list[list[Row]]:
+    """Cuts rows, in their order, into passes of at most so many tokens; a row that is longer is a pass by itself."""
+    passes: list[list[Row]] = []
+    total = 0
+    for row in (row for rows in window for row in rows):
+        if not passes or total + len(row.ids) > tokens:
+            passes.append([])
+            total = 0
+        passes[-1].append(row)
+        total += len(row.ids)
+    return passes
+
+
 def batch_of(rows: list[Row], filler: int) -> Batch:
     """Puts rows, the longest first, into one batch.
 
@@ -92,6 +117,17 @@ def batch_of(rows: list[Row], filler: int) -> Batch:
     for place, row in enumerate(rows):
         ids[place, shape[1] - len(row.ids) :] = row.ids
         mask[place, shape[1] - len(row.ids) :] = 1
+    return Batch(ids, mask, _tiles(rows), [row.label for row in rows], sum(row.first for row in rows))
+
+
+def packed_batch(rows: list[Row]) -> Batch:
+    """Puts rows one after the other into one row, whose positions begin anew with each of them: none sees another."""
+    ids = torch.cat([row.ids for row in rows])[None]
+    positions = torch.cat([torch.arange(len(row.ids)) for row in rows])[None]
+    labels, items = [row.label for row in rows], sum(row.first for row in rows)
+    return Batch(ids, torch.ones_like(ids), _tiles(rows), labels, items, positions)
+
+
+def _tiles(rows: list[Row]) -> Float[Tensor, "tile 3 side side"] | None:
     pixels = [row.pixels for row in rows if row.pixels is not None]
-    tiles = torch.cat(pixels) if pixels else None
-    return Batch(ids, mask, tiles, [row.label for row in rows], sum(row.first for row in rows))
+    return torch.cat(pixels) if pixels else None

@@ -15,16 +15,16 @@ from llama4lab.model.pretrained import HookedPreTrainedModel
 from llama4lab.prompt.tokenizer import token_strings
 from llama4lab.run.corpus.arrays import AXES, KINDS, MODALITIES
 from llama4lab.run.corpus.batch_pass import RoutedTokens, counting_device, routed_tokens
-from llama4lab.run.corpus.batches import batch_of, bucketed, windows
+from llama4lab.run.corpus.batches import windows
 from llama4lab.run.corpus.counts import Counts
 from llama4lab.run.corpus.file import check_path
 from llama4lab.run.corpus.identity import model_digest, rows_digest
 from llama4lab.run.corpus.items import By, Row, labelled, rows_of
+from llama4lab.run.corpus.passes import passes_of
 from llama4lab.run.corpus.stats import RoutingStats
 from llama4lab.run.size import free_nbytes
 from llama4lab.run.unembedding import Unembedding
 
-TOKENS = 4096  # of a batch, by default
 SAVE_AFTER = 30.0  # seconds; and never more than a twentieth of the time is spent on saving
 
 
@@ -53,11 +53,12 @@ def routing_stats(
             a row of a dataset (a mapping with "text", "messages" or "prompt", and "images" or "image"), or an object
             with the attribute `text` (and `image` or `images`).
         by: How items are grouped: a key or attribute of the items, or a function of an item.
-        counting: How it is done. `tokens`: of a batch, padding included (4096). `vocabulary`: whether to count by
-            token, too, in all routers or in a list of layers; this takes 12 bytes for each layer, token of the
-            vocabulary and expert. `path`: an .npz or .parquet file, saved as it goes; a count that was interrupted goes
-            on from there, if it is given the same prompts again. `progress`: whether to show a bar. `max_length`: the
-            number of tokens after which an item is cut.
+        counting: How it is done. `tokens`: of a batch, padding included (4096). Where weights wait on disk a batch has
+            as many as half of the free memory holds (32,768 at most): each weight is read once for all of them.
+            `vocabulary`: whether to count by token, too, in all routers or in a list of layers; this takes 12 bytes for
+            each layer, token of the vocabulary and expert. `path`: an .npz or .parquet file, saved as it goes; a count
+            that was interrupted goes on from there, if it is given the same prompts again. `progress`: whether to show
+            a bar. `max_length`: the number of tokens after which an item is cut.
 
     Raises:
         ValueError: if there are no prompts, the model has no routers, or the file at `path` is of another count.
@@ -92,14 +93,16 @@ class _Session:
         self.model = model
         self.config = facts(model.config)
         self.layers: list[int] = self.config["moe_layers"]
-        self.tokens, self.max_length = counting.get("tokens", TOKENS), counting.get("max_length")
+        tokens, self.max_length = counting.get("tokens"), counting.get("max_length")
         self.path = counting.get("path")
         if self.path is not None:
             check_path(self.path)
         if not self.layers:
             raise ValueError("This model has no router: all its layers are dense.")
-        if self.tokens < 1 or (self.max_length is not None and self.max_length < 1):
-            raise ValueError(f"tokens={self.tokens} and max_length={self.max_length} must be at least 1.")
+        if (tokens is not None and tokens < 1) or (self.max_length is not None and self.max_length < 1):
+            raise ValueError(f"tokens={tokens} and max_length={self.max_length} must be at least 1.")
+        old = RoutingStats.load(self.path) if self.path is not None and Path(self.path).exists() else None
+        self.passes = passes_of(model, tokens, None if old is None else old.about.get("tokens"))
         words = _words(counting.get("vocabulary", False), self.layers)
         _check_memory(model, len(words), self.config["num_experts"])
         self.about = {
@@ -107,7 +110,7 @@ class _Session:
             "by": by if by is None or isinstance(by, str) else getattr(by, "__qualname__", type(by).__name__),
             "vocabulary": words,
             "max_length": self.max_length,
-            "tokens": self.tokens,
+            "tokens": self.passes.about,
         }
         self.unembedding = Unembedding(model) if words else None
         self.counts: Counts | None = None
@@ -115,8 +118,8 @@ class _Session:
         # Items before the window of items that are sorted together, and batches of the window, which are counted.
         self.progress: dict[str, Any] = {"start": 0, "batches": 0, "first": "", "last": "", "window": ""}
         self._saved, self._saving = time.monotonic(), 0.0
-        if self.path is not None and Path(self.path).exists():
-            self._load(RoutingStats.load(self.path))
+        if old is not None:
+            self._load(old)
 
     @property
     def begun(self) -> bool:
@@ -126,13 +129,13 @@ class _Session:
     def count(self, items: Iterator[tuple[str, Any]], bar: tqdm) -> None:
         """Counts all items that were not counted before."""
         filler = self.model.prompter.vocabulary.filler
-        for window in windows(self._left(items), self.tokens):
+        for window in windows(self._left(items), self.passes.tokens):
             digest = rows_digest([row for rows in window for row in rows])
             if self.progress["batches"] and digest != self.progress["window"]:
                 raise self._other_items()
-            batches = bucketed(window, self.tokens)
+            batches = self.passes.cut(window)
             for number in range(self.progress["batches"], len(batches)):
-                batch = batch_of(batches[number], filler)
+                batch = self.passes.batch(batches[number], filler)
                 seen = routed_tokens(self.model, batch, self.layers, self.unembedding)
                 self._add(seen, batch.labels, batch.items, {"batches": number + 1, "window": digest})
                 bar.update(len(seen.ids))
