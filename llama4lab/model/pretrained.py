@@ -1,6 +1,5 @@
 """What the text model and the multimodal model share: their place among transformers' models."""
 
-import copy
 from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,13 +9,17 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, Llama4Config, Llama4TextConfig, PreTrainedModel
 from transformers import initialization as init
 
+from llama4lab.checkpoint.replacement import replacement
+from llama4lab.checkpoint.settings import FILE
 from llama4lab.model.cache import new_cache
 from llama4lab.model.config_parts import text_part
 from llama4lab.model.expert_store import ExpertStore
 from llama4lab.model.experts import Experts
 from llama4lab.model.hook_points import HookPoints, hook_points
 from llama4lab.model.output import CACHE, one_cache
+from llama4lab.model.packed_weights import packed_of
 from llama4lab.model.promptable import Promptable
+from llama4lab.model.saving import check_options, check_target, write_config, write_packed
 from llama4lab.model.text import TextModel
 from llama4lab.model.vision import VisionModel
 
@@ -110,12 +113,50 @@ class HookedPreTrainedModel(Promptable, PreTrainedModel):
         self.text.embed_tokens = value
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Writes the checkpoint as transformers does, under the name of the class that other tools know."""
-        super().save_pretrained(save_directory, **options)
-        if options.get("is_main_process", True):
-            config = copy.deepcopy(self.config)
-            config.architectures = [self.published_name]
-            config.save_pretrained(save_directory)
+        """Writes a checkpoint, in the form of transformers, that loads as this model again.
+
+        A model of numbers is written as transformers writes it. One whose weights are packed is written packed: what
+        was rounded by `load(quantize=...)` in the form of compressed-tensors, and what was packed in its checkpoint as
+        it is stored there. What waits on disk is copied from its files. Both give the same bits when they are
+        loaded, and other tools can load them. Weights packed in ways that safetensors checkpoints do not have (those of
+        GGUF and of Meta's files) are written as numbers, in the dtype of the model. No file is ever whole in memory.
+
+        The new files take the place of older ones when all are written; an interruption leaves the folder as it was.
+        Tokenizer and image processor are not written, as in transformers: copy their files, for prompts of text.
+
+        Args:
+            save_directory: The folder; not the one that weights of this model wait in.
+            options: Those of transformers' `save_pretrained`. Packed models take `max_shard_size` ("50GB" if it is not
+                given) and `is_main_process`; with `state_dict=model.state_dict()` they are written as numbers.
+
+        Raises:
+            TypeError: if there is no such option.
+            ValueError: if an option cannot be honoured, or if the checkpoint that the model was loaded from is needed
+                and holds other weights by now.
+            FileNotFoundError: if that is needed and gone.
+        """
+        folder, main = Path(save_directory), options.get("is_main_process", True)
+        adapters = getattr(self, "_hf_peft_config_loaded", False)
+        packed = options.get("state_dict") is None and not adapters and bool(packed_of(self))
+        check_options(options, packed=packed)
+        options.pop("safe_serialization", None)
+        if options.get("state_dict") is not None:
+            options["state_dict"] = dict(options["state_dict"])  # transformers empties the one that it is given
+        if packed and not main:
+            return
+        check_target(self, folder)
+        if not main or options.get("push_to_hub") or options.get("distributed_checkpoint"):
+            super().save_pretrained(folder, **options)
+            if main:
+                write_config(self, folder)
+            return
+        with replacement(folder) as fresh:
+            if packed:
+                write_packed(self, fresh, options.get("max_shard_size", "50GB"))
+                return
+            super().save_pretrained(fresh, **options)
+            if (fresh / FILE).is_file():
+                write_config(self, fresh)
 
     @wraps(GenerationMixin.generate)  # pyright: ignore[reportAttributeAccessIssue] - its `self` is a protocol
     def generate(self, *args: Any, **options: Any) -> Any:
