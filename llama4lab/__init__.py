@@ -47,6 +47,10 @@ from llama4lab.run.tracing import nnsight as nnsight
 from llama4lab.run.tuned_lens import TunedLens as TunedLens
 from llama4lab.run.vision.boxes import image_region as image_region
 from llama4lab.run.vision.regions import ImageRegion as ImageRegion
+from llama4lab.tables.memory_plan import MemoryPlan as MemoryPlan
+from llama4lab.tables.planning import memory_plan as memory_plan
+from llama4lab.tables.verification.report import Verification as Verification
+from llama4lab.tables.verifying import verify as verify
 
 # `Sweep` stands left of the plots, so its own plot is handed to it here.
 Sweep.plotter = staticmethod(viz.patching.effects)

@@ -1,0 +1,1 @@
+"""Parts of a verification: what is on disk, numbers decoded twice, and the distance from a reference."""
