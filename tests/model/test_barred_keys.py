@@ -56,11 +56,13 @@ LAYOUTS = {
     "packed": {"position_ids": torch.tensor([[*range(9), *range(14)], [*range(3, 23), *range(3)], [*range(23)]])},
 }
 
+BARRED = {"0": {0}, "7": {7}, "some": {3, 9, 21, 22}, "first": {"first_token"}, "all": {"first_token", *range(23)}}
+
 
 @pytest.mark.parametrize("past", [0, 22, 15])
 @pytest.mark.parametrize("chunk", [None, 6])
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("barred", [{0}, {7}, {3, 9, 21, 22}, {"first_token"}, {"first_token", *range(23)}], ids=str)
+@pytest.mark.parametrize("barred", BARRED.values(), ids=BARRED)
 def test_attention_past_barred_keys_is_that_of_the_whole_pattern(kind, chunk, past, barred):
     generator = torch.Generator().manual_seed(0)
     whole = token_layout((3, 23), torch.device("cpu"), **LAYOUTS[kind])
