@@ -51,7 +51,8 @@ def test_an_interrupt_in_the_middle_of_a_read_leaves_nothing_half_held(folder, r
     with pytest.raises(KeyboardInterrupt), torch.no_grad():
         model(ids)
     monkeypatch.undo()
-    assert len(store._reading) <= AHEAD
+    # At most what was asked for and what was read ahead is still wanted, depending on where the interrupt came.
+    assert len(store._reading) <= 1 + AHEAD
     for _ in range(2):
         with torch.no_grad():
             assert model(ids).logits.equal(wanted)
