@@ -100,10 +100,15 @@ def empty_model(folder: Path) -> HookedModel:
     """Gives the model that a checkpoint's config describes, without memory behind its parameters."""
     config = settings_of(folder)
     try:
-        with torch.device("meta"):
-            return HookedLlama4(config) if isinstance(config, Llama4Config) else HookedLlama4ForCausalLM(config)
+        return without_memory(config)
     except RuntimeError as error:
         raise ValueError(f"{folder / 'config.json'} describes a model that cannot be built: {error}") from error
+
+
+def without_memory(config: Llama4Config | Llama4TextConfig) -> HookedModel:
+    """Gives the model of a config, without memory behind its parameters."""
+    with torch.device("meta"):
+        return HookedLlama4(config) if isinstance(config, Llama4Config) else HookedLlama4ForCausalLM(config)
 
 
 def opened(folder: Path, model: HookedModel) -> Weights:
@@ -121,12 +126,25 @@ def opened(folder: Path, model: HookedModel) -> Weights:
 def _check_choices(experts: str, quantize: str | None, weights: Weights) -> None:
     if experts not in ("resident", "offload"):
         raise ValueError(f'experts={experts!r} was asked for; choose "resident" or "offload".')
-    if quantize is not None and quantize not in get_args(Method):
+    check_quantize(quantize, weights, advice="Load it without quantize.")
+
+
+def check_quantize(quantize: str | None, weights: Weights | None, *, advice: str) -> None:
+    """Raises ValueError when a method of quantizing is none, or when weights are quantized already.
+
+    Args:
+        quantize: The method; None for none.
+        weights: What is stored; None if there is but a config.
+        advice: What would work on weights that are quantized.
+    """
+    if quantize is None:
+        return
+    if quantize not in get_args(Method):
         raise ValueError(f"quantize={quantize!r} is not a method; choose from {', '.join(get_args(Method))}.")
-    if quantize is not None and weights.packed:
+    if weights is not None and weights.packed:
         raise ValueError(
             f"quantize={quantize!r} was asked for, but {len(weights.packed)} tensors of {weights.shards.folder} are "
-            f"quantized already, {weights.packed[0]} among them.\nLoad it without quantize."
+            f"quantized already, {weights.packed[0]} among them.\n{advice}"
         )
 
 
@@ -184,6 +202,15 @@ def dtype_of(
         if isinstance(config.dtype, torch.dtype) and config.dtype in stored:
             return config.dtype
         return stored[0] if stored else torch.bfloat16
+    return named_dtype(dtype)
+
+
+def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """Gives the dtype that a name means.
+
+    Raises:
+        ValueError: if it is none that a model can compute in.
+    """
     known = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype).removeprefix("torch."))
     if known is None or known not in DTYPES.values():
         raise ValueError(f"dtype={dtype!r} is not one a model can compute in; choose from auto, {', '.join(DTYPES)}.")

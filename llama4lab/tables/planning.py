@@ -2,21 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import Llama4Config, Llama4TextConfig
 
 from llama4lab.checkpoint.locating import locate
 from llama4lab.checkpoint.opening import settings_of
-from llama4lab.checkpoint.schemes.encoding import Method
 from llama4lab.checkpoint.shards import FOREIGN_WEIGHTS
 from llama4lab.checkpoint.weights import Weights
 from llama4lab.model.bandwidths import SOURCES, disk_rate, ram_rate, rates_of
 from llama4lab.model.budgets import planned_budgets
 from llama4lab.model.config_parts import text_part
-from llama4lab.model.llama4 import HookedLlama4, HookedLlama4ForCausalLM
-from llama4lab.model.loading import DTYPES, HookedModel, dtype_of, opened
+from llama4lab.model.loading import HookedModel, check_quantize, dtype_of, named_dtype, opened, without_memory
 from llama4lab.model.planned_model import Model
 from llama4lab.model.planning import least, placed_for
 from llama4lab.model.weight_sizes import weigh
@@ -62,7 +60,7 @@ def memory_plan(
     if context < 1:
         raise ValueError(f"context={context} was asked for; it is a number of tokens, 1 or more.")
     model, weights = _opened(name)
-    _check_quantize(quantize, weights)
+    check_quantize(quantize, weights, advice="Plan it without quantize.")
     chosen = _dtype(dtype, weights, model, on_cpu=set(budgets) == {"cpu"})
     sized = _sized(model, weights, chosen, quantize, context)
     placement = placed_for(sized, budgets)
@@ -82,15 +80,10 @@ def holds_weights(path: Path) -> bool:
 def _opened(name: Name) -> tuple[HookedModel, Weights | None]:
     """The model without memory, and what is stored of it; None if there is but a config."""
     if isinstance(name, Llama4Config | Llama4TextConfig):
-        return _empty(name), None
+        return without_memory(name), None
     folder = locate(name)
-    model = _empty(settings_of(folder))
+    model = without_memory(settings_of(folder))
     return model, opened(folder, model) if holds_weights(folder) else None
-
-
-def _empty(config: Llama4Config | Llama4TextConfig) -> HookedModel:
-    with torch.device("meta"):
-        return HookedLlama4(config) if isinstance(config, Llama4Config) else HookedLlama4ForCausalLM(config)
 
 
 def _sized(
@@ -130,30 +123,13 @@ def _choice(choice: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in texts.items())
 
 
-def _check_quantize(quantize: str | None, weights: Weights | None) -> None:
-    if quantize is None:
-        return
-    if quantize not in get_args(Method):
-        raise ValueError(f"quantize={quantize!r} is not a method; choose from {', '.join(get_args(Method))}.")
-    if weights is not None and weights.packed:
-        raise ValueError(
-            f"quantize={quantize!r} was asked for, but {len(weights.packed)} tensors of {weights.shards.folder} are "
-            f"quantized already, {weights.packed[0]} among them.\nPlan it without quantize."
-        )
-
-
 def _dtype(
     dtype: torch.dtype | str | None, weights: Weights | None, model: HookedModel, *, on_cpu: bool
 ) -> torch.dtype:
     """The dtype that `lab.load` would compute in; for a config, bfloat16."""
     if weights is not None:
         return dtype_of(dtype, weights, model.config, on_cpu=on_cpu)
-    if dtype in (None, "auto"):
-        return torch.bfloat16
-    known = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype).removeprefix("torch."))
-    if known is None or known not in DTYPES.values():
-        raise ValueError(f"dtype={dtype!r} is not one a model can compute in; choose from auto, {', '.join(DTYPES)}.")
-    return known
+    return torch.bfloat16 if dtype in (None, "auto") else named_dtype(dtype)
 
 
 def _measured(source: str, budgets: Mapping[str, int], files: list[Path]) -> float:
